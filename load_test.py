@@ -1,0 +1,8 @@
+"""The locustfile: ``locust -f load_test.py --experiment configs/demo-vllm.yaml``.
+
+Everything is in the package; this file only names the user class for Locust to find.
+"""
+
+from twoclocks.user import StreamingUser
+
+__all__ = ["StreamingUser"]

@@ -1,0 +1,332 @@
+import math
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from fake_server import (
+    CLOSE,
+    DONE,
+    END,
+    HANG,
+    HEAD,
+    RESET,
+    FakeServer,
+    answer,
+    chunked,
+    delta,
+    event,
+    plain_answer,
+    response,
+    usage,
+    words,
+)
+
+from twoclocks.client import Connection, Origin, _gaps_us, make_endpoint, send
+from twoclocks.errors import ExperimentError
+from twoclocks.experiment import Target, Timeouts
+from twoclocks.record import expand
+from twoclocks.workload import Plan, Prompt
+
+TIMEOUTS = Timeouts(connect_s=2, first_token_s=0.4, idle_s=0.3, total_s=5)
+ROLE = delta(role="assistant", content="")
+FINISH = delta(finish_reason="stop")
+
+
+def ask(server_or_url, timeouts=TIMEOUTS, count=1, target=None, keep_text=True):
+    url = server_or_url.url if isinstance(server_or_url, FakeServer) else server_or_url
+    connection = Connection(make_endpoint(target or Target(url=url), timeouts))
+    origin = Origin(zero_ns=time.monotonic_ns(), keep_text=keep_text)
+    plans = [Plan(f"{index:032x}", Prompt("p", {}), b'{"messages": []}') for index in range(count)]
+    records = [send(connection, plan, origin, "measure") for plan in plans]
+    connection.close()
+    return records[0] if count == 1 else records
+
+
+def answered(*steps, **options):
+    with FakeServer(lambda body: list(steps)) as server:
+        return ask(server, **options)
+
+
+def test_a_plain_answer_is_ok_with_every_chunk():
+    record = answered(*plain_answer(4))
+
+    assert (record.status, record.error_kind, record.http_status) == ("ok", None, 200)
+    assert record.chunk_kinds == [("role", 1), ("content", 4), ("usage", 1)]
+    assert (record.prompt_tokens, record.output_tokens, record.token_source) == (5, 4, "usage")
+    assert (record.chunk_tokens, record.chunk_choice, record.finish_reason) == (None, None, "length")
+    assert record.output_text == "w0 w1 w2 end"
+
+
+def test_times_are_in_order_and_the_first_request_opens_the_connection():
+    first, second = answered(*plain_answer(), count=2)
+
+    times = [first.intended_at, first.connect_started_at, first.connected_at, first.sent_at, first.written_at]
+    assert times == sorted(times)
+    assert first.sent_at < first.first_byte_at <= first.ended_at
+    assert (second.connect_started_at, second.connected_at) == (None, None)
+
+
+def test_arrivals_are_those_of_the_servers_schedule():
+    """The server's own log of when it wrote each chunk is the independent clock: same machine, same monotonic clock."""
+    with FakeServer(lambda body: plain_answer(20, gap_s=0.01)) as server:
+        zero = time.monotonic_ns()
+        connection = Connection(make_endpoint(Target(url=server.url), TIMEOUTS))
+        record = send(connection, Plan("0" * 32, Prompt("p", {}), b"{}"), Origin(zero), "measure")
+        connection.close()
+    written = [(at - zero) / 1e9 for at in server.sent_ns[0][1:]]
+    arrived, at = [], record.sent_at
+    for gap in record.chunk_us:
+        at += gap / 1e6
+        arrived.append(at)
+    errors = sorted(abs(a - w) for a, w in zip(arrived, written, strict=False))
+
+    assert len(arrived) == 22
+    assert errors[len(errors) // 2] < 0.005  # half of a gap: a stamp of the wrong chunk would be off by a whole one
+    assert record.timestamp_source == "kernel"
+
+
+def test_kernel_stamps_survive_a_client_that_is_busy():
+    """Bytes that lay in the socket for 0.3 s while Python was away still carry the time at which they came."""
+    with FakeServer(lambda body: answer(ROLE, *words(2), FINISH, DONE)) as server:
+        connection = Connection(make_endpoint(Target(url=server.url), TIMEOUTS))
+        read = connection.read
+
+        def late_read():
+            time.sleep(0.3)
+            return read()
+
+        connection.read = late_read
+        origin = Origin(time.monotonic_ns())
+        record = send(connection, Plan("0" * 32, Prompt("p", {}), b"{}"), origin, "measure")
+        connection.close()
+
+    assert record.status == "ok"
+    assert record.timestamp_source == "kernel"
+    assert record.chunk_us[0] < 250_000
+    assert record.ended_at - record.sent_at > 0.3
+    assert record.reads_merged == 1
+
+
+def test_request_id_and_trace_are_sent():
+    with FakeServer() as server:
+        record = ask(server, target=Target(url=server.url, headers={"X-Mine": "yes"}))
+        headers, _ = server.requests[0]
+
+    assert headers["x-request-id"] == record.request_id
+    assert headers["traceparent"] == f"00-{record.request_id}-{record.request_id[:16]}-01"
+    assert headers["x-mine"] == "yes"
+
+
+def test_the_key_of_the_environment_is_sent(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret-1")
+    with FakeServer() as server:
+        ask(server, target=Target(url=server.url, api_key_env="MY_KEY"))
+
+        assert server.requests[0][0]["authorization"] == "Bearer secret-1"
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "status", "error_kind"),
+    [
+        (
+            "error event under 200",
+            answer(ROLE, *words(2), event({"error": {"message": "engine died"}}), DONE),
+            "error",
+            "error_event",
+        ),
+        ("error event of transformers", answer(ROLE, event({"error": "boom"})), "error", "error_event"),
+        ("unescaped error event", answer(b'data: {"error": "a "quoted" word"}\n\n'), "error", "error_event"),
+        ("no end at all", answer(ROLE, *words(2)), "truncated", "no_end"),
+        ("cut in mid-stream", [HEAD, chunked(ROLE), *map(chunked, words(2)), CLOSE], "truncated", "closed"),
+        ("reset in mid-stream", [HEAD, chunked(ROLE), 0.05, RESET], "truncated", "reset"),
+        ("closed without an answer", [CLOSE], "error", "closed"),
+        ("http 500", response(500, b'{"error": {"message": "no memory"}}'), "error", "http_500"),
+        ("http 429", response(429, b"", headers="retry-after: 1\r\n"), "error", "http_429"),
+        ("html", response(503, b"<html>busy</html>", "text/html"), "error", "http_503"),
+        ("json under 200", response(200, b'{"choices": []}'), "error", "not_a_stream"),
+        ("malformed event", answer(ROLE, b"data: {oops\n\n", *words(1), FINISH, DONE), "error", "malformed"),
+        ("event of another type", answer(b"data: [1, 2]\n\n", FINISH, DONE), "error", "malformed"),
+        ("not http", [b"SSH-2.0-OpenSSH\r\n\r\n", CLOSE], "error", "protocol"),
+        ("absurd chunk size", [HEAD, b"zz\r\n", CLOSE], "error", "protocol"),
+        ("negative chunk size", [HEAD, b"-5\r\n", CLOSE], "error", "protocol"),
+        (
+            "compressed",
+            [b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 1\r\n\r\nx"],
+            "error",
+            "protocol",
+        ),
+        ("endless head", [b"HTTP/1.1 200 OK\r\n" + b"x" * 70_000, HANG], "error", "protocol"),
+        ("silence before the first token", [HEAD, chunked(ROLE), HANG], "timeout", "first_token_timeout"),
+        ("silence in mid-stream", [HEAD, chunked(ROLE), *map(chunked, words(2)), HANG], "timeout", "idle_timeout"),
+        ("no answer", [HANG], "timeout", "first_token_timeout"),
+    ],
+)
+def test_each_failure_is_a_record_with_its_kind(name, steps, status, error_kind):
+    record = answered(*steps)
+
+    assert (record.status, record.error_kind) == (status, error_kind)
+    assert record.error_message
+
+
+def test_a_failed_stream_keeps_the_chunks_that_came():
+    record = answered(HEAD, chunked(ROLE), *map(chunked, words(3)), CLOSE)
+
+    assert record.chunk_kinds == [("role", 1), ("content", 3)]
+    assert (record.output_tokens, record.token_source) == (3, "chunks")
+
+
+def test_the_servers_words_reach_the_record():
+    record = answered(*response(500, b'{"error": {"message": "no memory"}}'))
+
+    assert (record.error_message, record.http_status) == ("no memory", 500)
+
+
+def test_total_timeout_ends_a_server_of_one_byte_at_a_time():
+    drip = [
+        HEAD,
+        *(step for byte in ROLE + words(1)[0] for step in (0.02, b"1\r\n%c\r\n" % byte)),
+        *[0.1, chunked(b": still\n")] * 50,
+    ]
+    record = answered(*drip, timeouts=Timeouts(connect_s=1, first_token_s=10, idle_s=10, total_s=0.5))
+
+    assert (record.status, record.error_kind) == ("timeout", "total_timeout")
+
+
+def test_refused():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    record = ask(url)
+
+    assert (record.status, record.error_kind, record.sent_at) == ("error", "refused", None)
+
+
+def test_a_name_that_does_not_exist_is_a_record():
+    assert ask("http://no-such-host.invalid:1").error_kind == "dns"
+
+
+def test_a_server_that_does_not_speak_tls_is_a_record():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer_in_plain():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer_in_plain)
+        thread.start()
+        record = ask(f"https://127.0.0.1:{listener.getsockname()[1]}")
+        thread.join()
+
+    assert (record.status, record.error_kind) == ("error", "tls")
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        (
+            "utf-8 split between writes",
+            [HEAD, *(chunked(bytes([byte])) for byte in delta(content="日本🙂")), chunked(FINISH + DONE), END],
+        ),
+        ("crlf", answer(delta(content="日本🙂").replace(b"\n", b"\r\n"), FINISH, DONE)),
+        ("no space after data:", answer(delta(content="日本🙂").replace(b"data: ", b"data:"), FINISH, DONE)),
+        (
+            "comments and other fields",
+            answer(b": keep-alive\n\n", b"event: x\nid: 3\n" + delta(content="日本🙂"), b":\n", FINISH, DONE),
+        ),
+        ("no [DONE]", answer(delta(content="日本🙂"), FINISH)),
+        ("no blank line at the end", answer(delta(content="日本🙂"), FINISH.rstrip(b"\n"))),
+        ("separators raw inside a token", answer(delta(content="日本🙂"), FINISH)),
+        ("several events in one write", [HEAD, chunked(delta(content="日本🙂") + FINISH + DONE), END]),
+        (
+            "body until close",
+            [b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n", delta(content="日本🙂") + FINISH, CLOSE],
+        ),
+        (
+            "interim response first",
+            [b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n", *answer(delta(content="日本🙂"), FINISH)],
+        ),
+        ("trailers", [HEAD, chunked(delta(content="日本🙂") + FINISH), b"0\r\nx-took: 3\r\n\r\n"]),
+        ("finish seen, terminator lost", [HEAD, chunked(delta(content="日本🙂") + FINISH), CLOSE]),
+    ],
+)
+def test_every_form_of_the_same_answer_reads_the_same(name, steps):
+    record = answered(*steps)
+
+    assert (record.status, record.error_kind, record.output_text) == ("ok", None, "日本🙂")
+    assert [kind for kind in expand(record.chunk_kinds)] == ["content", "finish"]
+
+
+def test_line_separators_inside_a_token_do_not_split_it():
+    record = answered(*answer(delta(content="a\u2028b\u0085c\x0b"), FINISH, DONE))
+
+    assert record.output_text == "a\u2028b\u0085c\x0b"
+
+
+def test_the_connection_is_kept_and_replaced_when_the_server_closed_it():
+    answers = iter([plain_answer(), [*plain_answer(), CLOSE], plain_answer()])
+    with FakeServer(lambda body: next(answers)) as server:
+        connection = Connection(make_endpoint(Target(url=server.url), TIMEOUTS))
+        records = []
+        for index in range(3):
+            records.append(send(connection, Plan(f"{index:032x}", Prompt("p", {}), b"{}"), Origin(0), "measure"))
+            time.sleep(0.1)
+        connection.close()
+
+        assert [record.status for record in records] == ["ok"] * 3
+        assert [record.connected_at is None for record in records] == [False, True, False]
+        assert server.connections == 2
+
+
+def test_in_band_timings_are_kept_verbatim():
+    timings = {"queue_time_ms": 1.25, "time_to_first_token_ms": 30.5}
+    record = answered(*answer(ROLE, *words(1), FINISH, usage(2, metrics=timings), DONE))
+
+    assert record.server == timings
+
+
+def test_chunk_times_do_not_drift():
+    """Rounded gaps must add up to the rounded whole, however many there are."""
+    arrived = [1_000_000 + 1_333_400 * (index + 1) for index in range(3000)]
+    gaps = _gaps_us(1_000_000, arrived)
+
+    assert sum(gaps) == round(1_333_400 * 3000 / 1000)
+    assert math.isclose(min(gaps), 1333, abs_tol=1)
+
+
+@pytest.mark.parametrize("headers", [{"X": "a\r\nEvil: 1"}, {"X\n": "a"}])
+def test_a_header_cannot_smuggle_another(headers):
+    with pytest.raises(ExperimentError, match="line break"):
+        make_endpoint(Target(headers=headers), TIMEOUTS)
+
+
+def test_a_cancelled_request_is_a_record_with_its_chunks():
+    program = """
+import gevent.monkey; gevent.monkey.patch_all()
+import gevent, sys
+from twoclocks.client import *
+from twoclocks.experiment import Timeouts, Target
+from twoclocks.workload import Plan, Prompt
+connection = Connection(make_endpoint(Target(url=sys.argv[1]), Timeouts()))
+stream = gevent.spawn(send, connection, Plan("0" * 32, Prompt("p", {}), b"{}"), Origin(0), "measure")
+gevent.sleep(0.5)
+stream.kill()
+record = stream.value
+print(record.status, record.error_kind, record.chunk_kinds, connection.sock)
+"""
+    with FakeServer(lambda body: [HEAD, chunked(ROLE), *map(chunked, words(3)), HANG]) as server:
+        printed = subprocess.run(
+            [sys.executable, "-c", program, server.url], capture_output=True, text=True, check=True
+        )
+
+    assert printed.stdout.strip() == "cancelled stopped [('role', 1), ('content', 3)] None"
+
+
+def test_no_thread_is_left_behind():
+    before = threading.active_count()
+    answered(*plain_answer())
+
+    assert threading.active_count() == before

@@ -1,0 +1,279 @@
+"""`locust -f load_test.py` as a user types it, against the scriptable server."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import pytest
+from fake_server import HANG, HEAD, FakeServer, chunked, delta, plain_answer, response, words
+
+from twoclocks.record import read_records
+
+ROOT = Path(__file__).parent.parent
+LOCUST = str(Path(sys.executable).with_name("locust"))
+
+
+def start(tmp_path, *words_, headless=True, **popen):
+    command = [LOCUST, "-f", str(ROOT / "load_test.py"), "--only-summary", "--set", f"output={tmp_path}", *words_]
+    command += ["--headless"] if headless else []
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, **pipes | popen)
+
+
+def run(tmp_path, *words_, timeout=60):
+    process = start(tmp_path, *words_)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+def only_run(tmp_path) -> Path:
+    (folder,) = [path for path in tmp_path.iterdir() if (path / "run.json").exists()]
+    return folder
+
+
+def read(tmp_path):
+    folder = only_run(tmp_path)
+    return list(read_records(folder / "requests.jsonl")), json.loads((folder / "run.json").read_text())
+
+
+def wait_for(condition, timeout_s=30):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.05)
+
+
+def test_a_headless_run_leaves_every_request_that_the_server_saw(tmp_path):
+    with FakeServer(lambda body: plain_answer(5, gap_s=0.01)) as server:
+        code, output = run(tmp_path, "-H", server.url, "-u", "3", "-r", "3", "-t", "3", "--no-report")
+        seen = [headers["x-request-id"] for headers, _ in server.requests]
+    records, meta = read(tmp_path)
+
+    assert code == 0, output
+    assert sorted(record.request_id for record in records) == sorted(seen)
+    assert Counter(record.phase for record in records)["warmup"] == 4
+    assert {record.user for record in records if record.phase == "measure"} == {0, 1, 2}
+    assert {record.status for record in records} == {"ok"}
+    assert meta["status"] == "finished"
+    assert 3 <= meta["window"]["ended_at"] - meta["window"]["started_at"] < 6
+    assert meta["overrides"]["load.users"] == 3
+    assert output.rstrip().endswith(f"run folder: {only_run(tmp_path)}")
+
+
+def test_no_user_sends_before_its_last_answer_has_ended(tmp_path):
+    with FakeServer(lambda body: plain_answer(5, gap_s=0.01)) as server:
+        run(tmp_path, "-H", server.url, "-u", "2", "-r", "2", "-t", "2", "--no-report")
+    records, _ = read(tmp_path)
+    for user in (0, 1):
+        mine = sorted((r.sent_at, r.ended_at) for r in records if r.user == user and r.phase == "measure")
+
+        assert len(mine) > 3
+        assert all(ended <= sent for (_, ended), (sent, _) in zip(mine, mine[1:], strict=False))
+
+
+def test_workers_lines_are_merged_without_loss(tmp_path):
+    with FakeServer(lambda body: plain_answer(5, gap_s=0.01)) as server:
+        code, output = run(
+            tmp_path, "-H", server.url, "-u", "4", "-r", "4", "-t", "4", "--processes", "2", "--no-report"
+        )
+        seen = [headers["x-request-id"] for headers, _ in server.requests]
+    records, meta = read(tmp_path)
+
+    assert code == 0, output
+    assert sorted(record.request_id for record in records) == sorted(seen)
+    assert {record.worker for record in records if record.phase != "warmup"} == {0, 1}
+    assert {record.user for record in records if record.phase != "warmup"} == {0, 1, 2, 3}
+    assert (meta["lost_records"], meta["workers"], meta["notes"][1:]) == (0, 2, [])
+
+
+@pytest.mark.parametrize("processes", [(), ("--processes", "2")])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_lets_running_streams_finish(tmp_path, processes, stop):
+    with FakeServer(lambda body: plain_answer(10, gap_s=0.05)) as server:
+        process = start(tmp_path, "-H", server.url, "-u", "2", "-r", "2", "-t", "60", "--no-report", *processes)
+        wait_for(lambda: len(server.requests) > 8)
+        process.send_signal(stop)
+        output, _ = process.communicate(timeout=40)
+        seen = [headers["x-request-id"] for headers, _ in server.requests]
+    records, meta = read(tmp_path)
+
+    assert sorted(record.request_id for record in records) == sorted(seen), output
+    assert {record.status for record in records} == {"ok"}
+    assert (meta["status"], meta["lost_records"]) == ("interrupted", 0)
+    assert "Traceback" not in output
+
+
+def test_what_the_drain_cuts_off_is_cancelled_with_its_chunks(tmp_path):
+    def script(body):
+        first = [HEAD, chunked(delta(role="assistant")), *map(chunked, words(3))]
+        return plain_answer() if len(server.requests) <= 4 else [*first, HANG]
+
+    with FakeServer(script) as server:
+        words_ = ("-H", server.url, "-u", "2", "-r", "2", "-t", "2", "--set", "load.drain_s=1", "--no-report")
+        code, output = run(tmp_path, *words_)
+    records, _ = read(tmp_path)
+    cut = [record for record in records if record.status != "ok"]
+
+    assert len(cut) == 2, output
+    assert {(record.status, record.error_kind, record.output_tokens) for record in cut} == {("cancelled", "stopped", 3)}
+    assert code == 1  # Locust's own: there were failures
+
+
+def test_a_target_that_fails_does_not_end_the_run(tmp_path):
+    def script(body):
+        return response(500, b'{"error": "x"}') if len(server.requests) % 2 else plain_answer()
+
+    with FakeServer(script) as server:
+        code, output = run(tmp_path, "-H", server.url, "-u", "2", "-r", "2", "-t", "2", "--no-report")
+    records, meta = read(tmp_path)
+
+    assert Counter(record.error_kind for record in records).keys() == {None, "http_500"}
+    assert (meta["status"], code) == ("finished", 1), output
+
+
+def test_a_killed_run_keeps_what_had_ended(tmp_path):
+    with FakeServer(lambda body: plain_answer(5, gap_s=0.01)) as server:
+        process = start(tmp_path, "-H", server.url, "-u", "2", "-r", "2", "-t", "60", "--no-report")
+        wait_for(lambda: len(server.requests) > 12)
+        process.kill()
+        process.wait()
+        seen = {headers["x-request-id"] for headers, _ in server.requests}
+    records, meta = read(tmp_path)
+
+    assert {record.request_id for record in records} <= seen
+    assert len(records) >= len(seen) - 3
+    assert (meta["status"], meta["ended_at"]) == ("running", None)
+
+
+def test_the_collector_dies_with_its_parent(tmp_path):
+    with FakeServer(lambda body: plain_answer(5, gap_s=0.01)) as server:
+        process = start(tmp_path, "-H", server.url, "-t", "60", "--no-report")
+        wait_for(lambda: len(server.requests) > 5)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert children
+        process.kill()
+        process.wait()
+        wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+
+
+def test_the_servers_pages_are_sampled_before_during_and_after(tmp_path):
+    page = "# TYPE vllm:generation_tokens counter\nvllm:generation_tokens_total{{engine=\"0\"}} {}\n"
+    with FakeServer(lambda body: plain_answer(5, gap_s=0.01)) as server:
+        server.metrics = lambda: response(200, page.format(5 * len(server.requests)).encode(), "text/plain")
+        words_ = ("-H", server.url, "-u", "1", "-t", "3", "--no-report", "--set", "collect.metrics_interval_s=0.5")
+        run(tmp_path, *words_)
+        final = 5 * len(server.requests)
+    lines = [json.loads(line) for line in (only_run(tmp_path) / "server_samples.jsonl").read_text().splitlines()]
+    values = [value for line in lines for _, _, value in line["samples"]]
+
+    assert len(lines) >= 5
+    assert values[0] == 0
+    assert values[-1] == final
+    assert lines[0]["types"] == {"vllm:generation_tokens": "counter"}
+    assert all(line["at"] <= line["until"] and line["error"] is None for line in lines)
+
+
+def test_a_page_that_fails_is_told_and_the_run_goes_on(tmp_path):
+    with FakeServer(lambda body: plain_answer(5)) as server:
+        server.metrics = lambda: response(500, b"", "text/plain")
+        code, output = run(tmp_path, "-H", server.url, "-t", "1", "--no-report")
+    _, meta = read(tmp_path)
+
+    assert code == 0
+    assert any("could not be read" in note for note in meta["notes"]), output
+
+
+@pytest.mark.parametrize("processes", [(), ("--processes", "1")])
+def test_an_unreachable_target_is_one_line_and_exit_code_3(tmp_path, processes):
+    code, output = run(tmp_path, "-H", "http://127.0.0.1:9", *processes)
+
+    assert code == 3
+    assert len(re.findall(r"^twoclocks: http://127.0.0.1:9: not reachable .*-H http://HOST:PORT$", output, re.M)) == 1
+    assert "Traceback" not in output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words_", "message"),
+    [
+        (("--experiment", "nope.yaml"), "nope.yaml: no such experiment file"),
+        (("--set", "load.usrs=3"), "unknown key 'load.usrs'"),
+        (("--set", "workload.requests=gone.jsonl"), "gone.jsonl: request file cannot be read"),
+    ],
+)
+def test_a_bad_experiment_is_one_line_and_exit_code_2(tmp_path, words_, message):
+    code, output = run(tmp_path, *words_)
+
+    assert code == 2
+    assert [line for line in output.splitlines() if line.startswith("twoclocks: ")][0].count(message) == 1
+    assert "Traceback" not in output
+
+
+def test_no_secret_enters_the_run_folder_or_the_output(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-1")
+    with FakeServer(lambda body: plain_answer()) as server:
+        header = "target.headers={X-Other: secret-2}"
+        code, output = run(tmp_path, "-H", server.url, "-t", "1", "--set", header, "--no-report")
+        sent = server.requests[-1][0]
+    texts = [path.read_text() for path in only_run(tmp_path).iterdir()]
+
+    assert (sent["authorization"], sent["x-other"]) == ("Bearer sk-secret-1", "secret-2"), output
+    assert not any("secret-" in text for text in [*texts, output])
+
+
+def test_the_web_ui_listens_on_loopback_and_each_start_is_a_run(tmp_path):
+    with FakeServer(lambda body: plain_answer(5, gap_s=0.01)) as server:
+        process = start(tmp_path, "-H", server.url, "--web-port", "0", "--no-report", headless=False)
+        try:
+            line = ""
+            while "Starting web interface" not in line:
+                line = process.stdout.readline()
+                assert line, "Locust ended early"
+            assert "http://127.0.0.1:" in line
+            url = f"http://127.0.0.1:{listening_port(process.pid)}"
+            wait_for(lambda: reachable(url))
+            for users in (1, 2):
+                form = {"user_count": users, "spawn_rate": 2, "host": server.url, "run_time": "2s"}
+                assert httpx.post(f"{url}/swarm", data=form).json()["success"]
+                wait_for(lambda done=users: finished(tmp_path) == done)
+        finally:
+            process.terminate()
+            process.communicate(timeout=30)
+    runs = sorted(path for path in tmp_path.iterdir())
+    users = [{r.user for r in read_records(path / "requests.jsonl") if r.phase == "measure"} for path in runs]
+
+    assert users == [{0}, {0, 1}]
+    for path in runs:
+        meta = json.loads((path / "run.json").read_text())
+        assert meta["status"] == "finished"
+        assert 2 <= meta["window"]["ended_at"] - meta["window"]["started_at"] < 4
+
+
+def finished(tmp_path) -> int:
+    metas = [path / "run.json" for path in tmp_path.iterdir()]
+    return sum(meta.exists() and json.loads(meta.read_text())["status"] == "finished" for meta in metas)
+
+
+def reachable(url) -> bool:
+    try:
+        return httpx.get(url).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def listening_port(pid) -> int:
+    inodes = {match[1] for fd in Path(f"/proc/{pid}/fd").iterdir() if (match := re.match(r"socket:\[(\d+)\]", str(fd.readlink())))}
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, _, state, *rest = line.split()
+        if state == "0A" and rest[5] in inodes:
+            return int(local.split(":")[1], 16)
+    raise AssertionError("it does not listen")

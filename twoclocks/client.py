@@ -1,0 +1,401 @@
+"""The stream client: `send(plan)` -> Record. Stamps each arrival, never raises for what the server does.
+
+Knows nothing of Locust. It uses plain sockets, which Locust's monkey-patching makes cooperative, and the kernel's receive
+stamps where there are any, so that a busy event loop does not blame the server. While a stream runs, its bytes are only
+kept; they are read for meaning after the end.
+"""
+
+import os
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+import msgspec
+from greenlet import GreenletExit
+
+from twoclocks import __version__
+from twoclocks.dialect import Stream, parse_event, read_stream
+from twoclocks.errors import ExperimentError
+from twoclocks.experiment import Target, Timeouts
+from twoclocks.http1 import ProtocolError, ResponseReader, request_head
+from twoclocks.record import TOKEN_KINDS, Phase, Record, Status, run_lengths
+from twoclocks.sse import EventTooLong, SseDecoder
+from twoclocks.workload import Plan
+
+PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+READ_BYTES = 64 * 1024
+MAX_BODY_BYTES = 64 * 1024 * 1024
+SO_TIMESTAMPNS = 35  # asm-generic/socket.h; the socket module has no name for it
+_TIMESPEC = struct.Struct("@ll")
+_CONTROL_BYTES = socket.CMSG_SPACE(_TIMESPEC.size) if hasattr(socket, "CMSG_SPACE") else 0
+MAX_STAMP_AGE_NS = 60 * 10**9
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """Where requests go and what every one of them carries; made once a run."""
+
+    target: str
+    host: str
+    port: int
+    head: bytes
+    tls: ssl.SSLContext | None
+    timeouts: Timeouts
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """Who sends, and the zero of the clock, in ns of time.monotonic_ns()."""
+
+    zero_ns: int
+    worker: int = 0
+    user: int = 0
+    keep_text: bool = False
+
+
+def request_headers(target: Target) -> dict[str, str]:
+    """The user's headers and the API key from the environment, which also the control plane sends."""
+    headers = dict(target.headers)
+    key = os.environ.get(target.api_key_env)
+    if key and "authorization" not in {name.lower() for name in headers}:
+        headers["Authorization"] = f"Bearer {key}"
+    return headers
+
+
+def make_endpoint(target: Target, timeouts: Timeouts) -> Endpoint:
+    """Raises ExperimentError if the address, a header or the CA bundle cannot be used."""
+    url = urlsplit(target.url)
+    if url.hostname is None:
+        raise ExperimentError(f"target.url: expected http://HOST:PORT, found {target.url!r}")
+    base = url.path.rstrip("/").removesuffix("/v1")
+    headers = {
+        "User-Agent": f"twoclocks/{__version__}",
+        "Accept": "text/event-stream",
+        "Accept-Encoding": "identity",
+        "Content-Type": "application/json",
+        **request_headers(target),
+    }
+    try:
+        head = request_head(url.netloc, base + PATHS[target.api], headers)
+        port = url.port or (443 if url.scheme == "https" else 80)
+    except ValueError as error:
+        raise ExperimentError(f"target: {error}") from None
+    return Endpoint(
+        target=target.name or target.server,
+        host=url.hostname,
+        port=port,
+        head=head,
+        tls=_tls_context(target.tls_verify) if url.scheme == "https" else None,
+        timeouts=timeouts,
+    )
+
+
+def _tls_context(verify: bool | str) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=verify if isinstance(verify, str) else None)
+    except (OSError, ssl.SSLError) as error:
+        raise ExperimentError(f"target.tls_verify: {verify!r} cannot be used as a CA bundle: {error}") from None
+    if verify is False:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+class Failure(Exception):
+    """Why a request did not end well; becomes the record's status, error_kind and error_message."""
+
+    def __init__(self, status: Status, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.message = status, kind, message
+
+
+class Connection:
+    """One keep-alive connection; opened when needed, replaced when the server has closed it."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.sock: socket.socket | None = None
+        self.kernel_stamps = False
+
+    def open(self) -> None:
+        """Connect, if there is no usable connection. Raises Failure."""
+        timeout = self.endpoint.timeouts.connect_s
+        try:
+            sock = socket.create_connection((self.endpoint.host, self.endpoint.port), timeout)
+        except TimeoutError:
+            raise Failure("timeout", "connect_timeout", f"no connection within {timeout:g} s") from None
+        except ConnectionRefusedError:
+            raise Failure("error", "refused", "connection refused") from None
+        except socket.gaierror as error:
+            raise Failure("error", "dns", f"{self.endpoint.host}: {error.strerror}") from None
+        except OSError as error:
+            raise Failure("error", "connect", str(error)) from None
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.endpoint.tls is not None:
+            try:
+                sock = self.endpoint.tls.wrap_socket(sock, server_hostname=self.endpoint.host)
+            except TimeoutError:
+                sock.close()
+                raise Failure("timeout", "connect_timeout", f"no TLS handshake within {timeout:g} s") from None
+            except OSError as error:
+                sock.close()
+                raise Failure("error", "tls", str(error)) from None
+            self.kernel_stamps = False  # the kernel stamps segments, which under TLS are not reads
+        else:
+            self.kernel_stamps = _ask_for_stamps(sock)
+        self.sock = sock
+
+    def is_usable(self) -> bool:
+        """Is it open, with nothing to read? Before a request, something to read can only be the server's goodbye."""
+        if self.sock is None:
+            return False
+        self.sock.settimeout(0)
+        try:
+            leftover = self.sock.recv(1)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return True
+        except OSError:
+            leftover = b""
+        del leftover
+        self.close()
+        return False
+
+    def read(self) -> tuple[int, bytes, bool]:
+        """Wait for bytes: (time of arrival in ns, bytes, is it the kernel's stamp). Empty at the end of input."""
+        assert self.sock is not None
+        if not self.kernel_stamps:
+            data = self.sock.recv(READ_BYTES)
+            return time.monotonic_ns(), data, False
+        data, control, _, _ = self.sock.recvmsg(READ_BYTES, _CONTROL_BYTES)
+        now = time.monotonic_ns()
+        for level, kind, value in control:
+            if level == socket.SOL_SOCKET and kind == SO_TIMESTAMPNS:
+                seconds, nanoseconds = _TIMESPEC.unpack_from(value)
+                # the stamp is on the wall clock; only its age enters, so that a step of that clock cannot
+                age = time.time_ns() - (seconds * 10**9 + nanoseconds)
+                if 0 <= age < MAX_STAMP_AGE_NS:
+                    return now - age, data, True
+        return now, data, False
+
+    def close(self) -> None:
+        """Close the socket, which makes a server stop generating."""
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+
+
+def _ask_for_stamps(sock: socket.socket) -> bool:
+    if not _CONTROL_BYTES or not hasattr(sock, "recvmsg"):
+        return False
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    except OSError:
+        return False
+    return True
+
+
+class Exchange:
+    """The raw course of one request, filled while it runs. All times are ns of time.monotonic_ns()."""
+
+    def __init__(self) -> None:
+        self.connect_started_ns: int | None = None
+        self.connected_ns: int | None = None
+        self.sent_ns: int | None = None
+        self.written_ns: int | None = None
+        self.first_byte_ns: int | None = None
+        self.ended_ns = 0
+        self.reads: list[tuple[int, bytes]] = []
+        self.body_bytes = 0
+        self.user_stamps = 0
+        self.response = ResponseReader()
+        self.failure: Failure | None = None
+
+    def run(self, connection: Connection, plan: Plan) -> None:
+        """Send the plan and keep what comes back. What goes wrong is kept as `failure`."""
+        try:
+            if not connection.is_usable():
+                self.connect_started_ns = time.monotonic_ns()
+                connection.open()
+                self.connected_ns = time.monotonic_ns()
+            self._write(connection, plan)
+            self._read(connection)
+        except Failure as failure:
+            self.failure = failure
+        except GreenletExit:
+            self.failure = Failure("cancelled", "stopped", "cut off when the run stopped")
+        except ProtocolError as error:
+            self.failure = Failure("error", "protocol", str(error))
+        except OSError as error:
+            self.failure = Failure("error", "reset", error.strerror or str(error))
+        self.ended_ns = time.monotonic_ns()
+        if self.failure is not None or not self.response.reusable:
+            connection.close()
+
+    def _write(self, connection: Connection, plan: Plan) -> None:
+        sock = connection.sock
+        assert sock is not None
+        message = b"%bX-Request-Id: %b\r\ntraceparent: 00-%b-%b-01\r\nContent-Length: %d\r\n\r\n%b" % (
+            connection.endpoint.head,
+            plan.request_id.encode(),
+            plan.request_id.encode(),
+            plan.request_id[:16].encode(),
+            len(plan.body),
+            plan.body,
+        )
+        sock.settimeout(connection.endpoint.timeouts.first_token_s)
+        self.sent_ns = time.monotonic_ns()
+        try:
+            sock.sendall(message)
+        except TimeoutError:
+            raise Failure("timeout", "send_timeout", "the server did not take the request") from None
+        self.written_ns = time.monotonic_ns()
+
+    def _read(self, connection: Connection) -> None:
+        sock = connection.sock
+        assert sock is not None
+        assert self.sent_ns is not None
+        timeouts = connection.endpoint.timeouts
+        total_deadline = self.sent_ns + round(timeouts.total_s * 1e9)
+        token_deadline: int | None = self.sent_ns + round(timeouts.first_token_s * 1e9)
+        is_token = _first_token_watch()
+        now = self.sent_ns
+        while not self.response.complete:
+            deadline = min(total_deadline, token_deadline or now + round(timeouts.idle_s * 1e9))
+            if deadline <= now:
+                raise self._timeout(timeouts, total=deadline == total_deadline, token=token_deadline is not None)
+            sock.settimeout((deadline - now) / 1e9)
+            try:
+                now, data, is_kernel = connection.read()
+            except TimeoutError:
+                raise self._timeout(
+                    timeouts, total=deadline == total_deadline, token=token_deadline is not None
+                ) from None
+            if not data:
+                self.response.end_of_input()
+                if not self.response.complete:
+                    raise Failure("error", "closed", "the server closed the connection before the end of its answer")
+                return
+            if self.first_byte_ns is None:
+                self.first_byte_ns = now
+            self.user_stamps += not is_kernel
+            body = self.response.feed(data)
+            if body:
+                self.reads.append((now, body))
+                self.body_bytes += len(body)
+                if self.body_bytes > MAX_BODY_BYTES:
+                    raise Failure("error", "too_large", f"an answer of more than {MAX_BODY_BYTES} bytes")
+                if token_deadline is not None and is_token(body):
+                    token_deadline = None
+
+    def _timeout(self, timeouts: Timeouts, *, total: bool, token: bool) -> Failure:
+        if total:
+            return Failure("timeout", "total_timeout", f"not over after timeouts.total_s = {timeouts.total_s:g} s")
+        if token:
+            return Failure(
+                "timeout", "first_token_timeout", f"no token after first_token_s = {timeouts.first_token_s:g} s"
+            )
+        return Failure("timeout", "idle_timeout", f"silence of more than timeouts.idle_s = {timeouts.idle_s:g} s")
+
+
+def _first_token_watch() -> Callable[[bytes], bool]:
+    """A function that is fed the body until it says that the first token has come; only those few events are read."""
+    decoder = SseDecoder()
+
+    def is_token(body: bytes) -> bool:
+        try:
+            events = [parse_event(data) for data in decoder.feed(body)]
+        except EventTooLong:
+            return True  # told at the end; until then the other timeouts hold
+        return any(chunk.kind in TOKEN_KINDS for event in events for chunk in event.chunks)
+
+    return is_token
+
+
+def send(connection: Connection, plan: Plan, origin: Origin, phase: Phase, intended_ns: int | None = None) -> Record:
+    """Send one request and return its record, whatever happens. A cancelled record means: the caller was told to stop."""
+    intended_ns = time.monotonic_ns() if intended_ns is None else intended_ns
+    exchange = Exchange()
+    exchange.run(connection, plan)
+    return _record(exchange, connection, plan, origin, phase, intended_ns)
+
+
+def _record(
+    exchange: Exchange, connection: Connection, plan: Plan, origin: Origin, phase: Phase, intended_ns: int
+) -> Record:
+    stream = read_stream(exchange.reads if _is_stream(exchange.response) else [])
+    failure = _failure(exchange, stream)
+
+    def at(ns: int | None) -> float | None:
+        return None if ns is None else (ns - origin.zero_ns) / 1e9
+
+    return Record(
+        request_id=plan.request_id,
+        target=connection.endpoint.target,
+        prompt_id=plan.prompt.id,
+        session=plan.prompt.session,
+        turn=plan.prompt.turn,
+        user=origin.user,
+        worker=origin.worker,
+        phase=phase,
+        intended_at=(intended_ns - origin.zero_ns) / 1e9,
+        connect_started_at=at(exchange.connect_started_ns),
+        connected_at=at(exchange.connected_ns),
+        sent_at=at(exchange.sent_ns),
+        written_at=at(exchange.written_ns),
+        first_byte_at=at(exchange.first_byte_ns),
+        ended_at=(exchange.ended_ns - origin.zero_ns) / 1e9,
+        chunk_us=_gaps_us(exchange.sent_ns or 0, stream.arrived_ns),
+        chunk_tokens=stream.tokens,
+        chunk_kinds=run_lengths(stream.kinds),
+        chunk_choice=run_lengths(stream.choices) if any(stream.choices) else None,
+        timestamp_source="user" if exchange.user_stamps or not exchange.reads else "kernel",
+        reads_merged=stream.reads_merged,
+        prompt_tokens=stream.prompt_tokens,
+        output_tokens=stream.output_tokens,
+        cached_tokens=stream.cached_tokens,
+        token_source=stream.token_source,
+        finish_reason=stream.finish_reason,
+        http_status=exchange.response.status or None,
+        status=failure.status if failure else "ok",
+        error_kind=failure.kind if failure else None,
+        error_message=failure.message[:1000] if failure else None,
+        output_text=stream.text if origin.keep_text else None,
+        server=stream.server,
+    )
+
+
+def _gaps_us(sent_ns: int, arrived_ns: list[int]) -> list[int]:
+    """Offset of the first from sent, then gaps; differences of rounded absolute times, so errors do not add up."""
+    marks = [0, *(round((at - sent_ns) / 1000) for at in arrived_ns)]
+    return [later - earlier for earlier, later in zip(marks, marks[1:], strict=False)]
+
+
+def _is_stream(response: ResponseReader) -> bool:
+    return response.status == 200 and "json" not in response.headers.get("content-type", "")
+
+
+def _failure(exchange: Exchange, stream: Stream) -> Failure | None:
+    """Why the request is not ok, or None. What the server says of an error tells more than how its connection ended."""
+    response, failure = exchange.response, exchange.failure
+    body = b"".join(piece for _, piece in exchange.reads[:100])
+    if response.status not in (0, 200):
+        return Failure("error", f"http_{response.status}", _error_text(body) or f"HTTP status {response.status}")
+    if stream.error is not None:
+        return Failure("error", "error_event", stream.error)
+    if failure is not None and failure.kind in ("closed", "reset") and response.status:
+        # a connection lost after the finish reason has taken nothing from the answer
+        return None if stream.ended else Failure("truncated", failure.kind, failure.message)
+    if failure is not None:
+        return failure
+    if not _is_stream(response):
+        return Failure("error", "not_a_stream", f"answered without streaming: {_error_text(body)}")
+    if stream.malformed is not None:
+        return Failure("error", "malformed", stream.malformed)
+    if not stream.ended:
+        return Failure("truncated", "no_end", "the stream ended without a finish reason or [DONE]")
+    return None
+
+
+def _error_text(body: bytes) -> str:
+    return parse_event(body).error or body[:500].decode("utf-8", "replace").strip()

@@ -1,0 +1,228 @@
+"""What the events of a stream mean: JSON payload -> chunks, and a whole stream -> the stream fields of a record.
+
+Covers the chat and completions streams of vLLM, TGI, transformers serve, SGLang, llama.cpp and OpenAI, whose differences
+are: when a role-only chunk comes, on which chunk finish reason and usage ride, the name of reasoning text, whether [DONE]
+is sent, and the shape of an error event. Pure; runs after the stream has ended, so that nothing is parsed while others
+stream.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from twoclocks.record import TOKEN_KINDS, Kind, TokenSource, run_lengths
+from twoclocks.sse import EventTooLong, SseDecoder
+
+
+class _Delta(msgspec.Struct):
+    role: Any = None
+    content: Any = None
+    reasoning: Any = None  # vLLM from 0.16; before, and elsewhere, reasoning_content
+    reasoning_content: Any = None
+    tool_calls: Any = None
+    function_call: Any = None
+
+
+class _Choice(msgspec.Struct):
+    index: int = 0
+    delta: _Delta | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+
+
+class _Payload(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    usage: dict[str, Any] | None = None
+    error: Any = None
+    metrics: dict[str, Any] | None = None  # vLLM --enable-per-request-metrics
+    timings: dict[str, Any] | None = None  # llama.cpp
+
+
+_decode_payload = msgspec.json.Decoder(_Payload).decode
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """What one event brought for one choice."""
+
+    kind: Kind
+    choice: int = 0
+    text: str = ""
+    finish_reason: str | None = None
+
+
+class Event(msgspec.Struct, frozen=True):
+    """One event of the stream: its chunks (one a choice), and what it said of the request as a whole."""
+
+    chunks: list[Chunk]
+    usage: dict[str, Any] | None = None
+    server: dict[str, Any] | None = None
+    error: str | None = None
+    malformed: str | None = None
+    done: bool = False
+
+
+def parse_event(data: bytes) -> Event:
+    """The meaning of one event's data; never raises."""
+    if data == b"[DONE]":
+        return Event([], done=True)
+    try:
+        payload = _decode_payload(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        if data.lstrip().startswith(b'{"error"'):  # transformers puts messages into its error event unescaped
+            return Event([], error=data.decode("utf-8", "replace"))
+        return Event([], malformed=f"{error}: {data[:200].decode('utf-8', 'replace')}")
+    if payload.error is not None:
+        return Event([], error=_error_message(payload.error))
+    chunks = [_chunk(choice, has_usage=payload.usage is not None) for choice in payload.choices or []]
+    if not payload.choices:
+        chunks = [Chunk("usage" if payload.usage is not None else "empty")]
+    return Event(chunks, usage=payload.usage, server=payload.metrics or payload.timings)
+
+
+def _chunk(choice: _Choice, *, has_usage: bool) -> Chunk:
+    """Kinds in order of precedence: tool > reasoning > content > role > usage > finish > empty.
+
+    Usage beside a choice makes a usage chunk only at the finish (transformers); before it, it is the running count that
+    vLLM puts on every chunk.
+    """
+    delta = choice.delta or _Delta()
+    content = delta.content if choice.delta is not None else choice.text
+    reasoning = delta.reasoning or delta.reasoning_content
+    kind: Kind
+    if delta.tool_calls or delta.function_call:
+        kind = "tool"
+    elif reasoning:
+        kind = "reasoning"
+    elif content:
+        kind = "content"
+    elif delta.role:
+        kind = "role"
+    elif choice.finish_reason is not None:
+        kind = "usage" if has_usage else "finish"
+    else:
+        kind = "empty"
+    text = content if isinstance(content, str) else ""
+    return Chunk(kind, choice.index, text, choice.finish_reason)
+
+
+def _error_message(error: Any) -> str:
+    """The text of an error event: {"error": {"message": ...}} or {"error": "..."}."""
+    if isinstance(error, dict) and isinstance(error.get("message"), str):
+        return str(error["message"])
+    return error if isinstance(error, str) else msgspec.json.encode(error).decode()
+
+
+class Stream(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole stream. Lists have one item a chunk; times are integer nanoseconds on the caller's clock."""
+
+    arrived_ns: list[int]
+    kinds: list[Kind]
+    choices: list[int]
+    tokens: list[int | None] | None  # None: every token chunk carries one, every other chunk none
+    reads_merged: int
+    prompt_tokens: int | None
+    output_tokens: int | None
+    cached_tokens: int | None
+    token_source: TokenSource | None
+    finish_reason: str | None
+    text: str
+    server: dict[str, Any] | None
+    ended: bool  # [DONE] or a finish reason came: the answer is whole
+    error: str | None  # text of an error event
+    malformed: str | None  # the first event that was no JSON of the expected form, and why
+
+
+def read_stream(reads: Iterable[tuple[int, bytes]]) -> Stream:
+    """Digest the body of a stream, given as (time in ns, body bytes) of each read.
+
+    An event has arrived with the read that brought its last byte. The result does not depend on how the bytes were split
+    into reads, but for the times and `reads_merged`.
+    """
+    decoder = SseDecoder()
+    arrived: list[int] = []
+    chunks: list[Chunk] = []
+    running: list[int | None] = []  # completion tokens so far, as told on each chunk
+    usage: dict[str, Any] = {}
+    server: dict[str, Any] | None = None
+    error = malformed = None
+    done = False
+    merged = at = 0
+
+    def take(data: bytes, at: int) -> bool:
+        nonlocal usage, server, error, malformed, done
+        event = parse_event(data)
+        for chunk in event.chunks:
+            chunks.append(chunk)
+            arrived.append(at)
+            running.append(_count(event.usage, "completion_tokens"))
+        usage = event.usage or usage
+        server = event.server or server
+        error = error or event.error
+        malformed = malformed or event.malformed
+        done = done or event.done
+        return any(chunk.kind in TOKEN_KINDS for chunk in event.chunks)
+
+    try:
+        for at, received in reads:
+            merged += sum(take(data, at) for data in decoder.feed(received)) > 1
+        for data in decoder.flush():
+            take(data, at)
+    except EventTooLong as too_long:
+        malformed = malformed or str(too_long)
+
+    finish_reasons = {chunk.choice: chunk.finish_reason for chunk in chunks if chunk.finish_reason is not None}
+    tokens, output_tokens, token_source = _count_tokens(chunks, running, usage, set(finish_reasons.values()))
+    details = usage.get("prompt_tokens_details")
+    return Stream(
+        arrived_ns=arrived,
+        kinds=[chunk.kind for chunk in chunks],
+        choices=[chunk.choice for chunk in chunks],
+        tokens=tokens,
+        reads_merged=merged,
+        prompt_tokens=_count(usage, "prompt_tokens"),
+        output_tokens=output_tokens,
+        cached_tokens=_count(details if isinstance(details, dict) else {}, "cached_tokens"),
+        token_source=token_source,
+        finish_reason=next(iter(finish_reasons.values()), None),
+        text="".join(chunk.text for chunk in chunks),
+        server=server,
+        ended=done or bool(finish_reasons) and set(finish_reasons) >= {chunk.choice for chunk in chunks if chunk.text},
+        error=error,
+        malformed=malformed,
+    )
+
+
+def _count(usage: dict[str, Any] | None, key: str) -> int | None:
+    """A token count that can be one: usage may lie, and a negative or fractional count is no count."""
+    value = (usage or {}).get(key)
+    return value if type(value) is int and value >= 0 else None
+
+
+def _count_tokens(
+    chunks: list[Chunk], running: list[int | None], usage: dict[str, Any], finish_reasons: set[str | None]
+) -> tuple[list[int | None] | None, int | None, TokenSource | None]:
+    """Tokens of each chunk, of the whole answer, and where the count comes from."""
+    token_chunks = {index for index, chunk in enumerate(chunks) if chunk.kind in TOKEN_KINDS}
+    last: dict[int, int] = {}  # running count of each choice
+    per_chunk: list[int | None] = [0] * len(chunks)
+    for index, (chunk, count) in enumerate(zip(chunks, running, strict=True)):
+        if chunk.kind in TOKEN_KINDS or chunk.finish_reason is not None or chunk.kind == "empty":
+            per_chunk[index] = None if count is None else max(0, count - last.get(chunk.choice, 0))
+            if count is not None:
+                last[chunk.choice] = count
+    is_running = bool(token_chunks) and all(running[index] is not None for index in token_chunks)
+    total = _count(usage, "completion_tokens")
+    if is_running:
+        plain = all(count == (index in token_chunks) for index, count in enumerate(per_chunk))
+        whole = total if total is not None and total >= sum(last.values()) else sum(last.values())
+        return (None if plain else per_chunk), whole, "per-chunk usage"
+    if not token_chunks and total is None:
+        return None, None, None
+    if total is None:
+        return None, len(token_chunks), "chunks"
+    # the end token is counted in usage and has no text, so no chunk of its own
+    silent_end = finish_reasons == {"stop"} and total == len(token_chunks) + 1
+    if total == len(token_chunks) or silent_end:
+        return None, total, "usage"
+    return [None if index in token_chunks else 0 for index in range(len(chunks))], total, "usage"

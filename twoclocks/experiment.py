@@ -1,0 +1,237 @@
+"""Experiment files: YAML -> one frozen Experiment, or one line of error naming file, key and what was expected.
+
+Everything a user may set stands here once, with its unit in its name. Knows nothing of HTTP or Locust.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from twoclocks.errors import ExperimentError
+
+Server = Literal["vllm", "tgi", "transformers", "sglang", "llamacpp", "openai", "other"]
+Api = Literal["chat", "completions"]
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1)]
+NoneWord = Literal["none"]
+
+
+class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    url: str = "http://127.0.0.1:8000"
+    name: str | None = None  # how reports call it; the server's kind if not given
+    server: Server = "vllm"  # picks the dialect, the collectors and the join
+    api: Api = "chat"
+    model: str = "auto"  # auto: the first of /v1/models
+    api_key_env: str = "OPENAI_API_KEY"  # the variable's name; the key itself never enters a file
+    headers: dict[str, str] = {}
+    extra_body: dict[str, Any] = {}  # merged into every request
+    tls_verify: bool | str = True  # True, False, or the path of a CA bundle
+
+
+class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    requests: str = "requests/demo.jsonl"
+    order: Literal["in-order", "shuffled", "random"] = "shuffled"
+    seed: int = 1
+    max_tokens: Count = 128  # for requests that bring none
+    ignore_eos: bool = False
+
+
+class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    shape: Literal["ramp"] = "ramp"
+    users: Count = 8  # closed loop: each user sends its next request when the last one has ended
+    ramp_s: NotNegative = 0  # all users are there after this time
+    duration_s: Positive = 60  # ramp included, drain not
+    drain_s: NotNegative = 30  # how long running streams may go on after the end
+
+
+class Warmup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    requests: Annotated[int, Meta(ge=0)] = 4
+
+
+class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    connect_s: Positive = 10
+    first_token_s: Positive = 120
+    idle_s: Positive = 30  # silence between two reads of a stream
+    total_s: Positive = 600
+
+
+class Collect(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    metrics_url: str | list[str] = "auto"  # auto | none | a list of URLs, one a replica
+    metrics_interval_s: Positive = 1
+    log: str = "none"  # none | file:PATH
+
+
+class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    ttft_ms: Positive | NoneWord = "none"
+    tpot_ms: Positive | NoneWord = "none"
+    e2e_ms: Positive | NoneWord = "none"
+
+
+class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    name: str = "default"
+    target: Target = Target()
+    workload: Workload = Workload()
+    load: Load = Load()
+    warmup: Warmup = Warmup()
+    timeouts: Timeouts = Timeouts()
+    collect: Collect = Collect()
+    slo: Slo = Slo()
+    labels: dict[str, str] = {}  # free text on runs
+    output_text: bool = False  # keep the answers in requests.jsonl
+    output: str = "output"
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Experiment:
+    """The experiment in a YAML file, with ``--set``-style overrides such as ``load.users=10`` applied.
+
+    ``${NAME}`` and ``${NAME:-default}`` inside values are filled from the environment.
+    Raises ExperimentError, in one line, for anything that cannot be used.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExperimentError(f"{path}: no such experiment file; give one with --experiment FILE.yaml") from None
+    except OSError as error:
+        raise ExperimentError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ExperimentError(f"{path}: is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise ExperimentError(f"{path}:{where} is not YAML: {getattr(error, 'problem', error)}") from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ExperimentError(f"{path}: expected keys such as 'target:' and 'load:', found {type(raw).__name__}")
+    for override in overrides:
+        _set(raw, override)
+    experiment = _convert(_interpolate(raw, environ, str(path)), str(path))
+    _check(experiment, str(path))
+    load = experiment.load  # a shorter time on Locust's command line is the user's choice, in a file it is a slip
+    if load.ramp_s > load.duration_s:
+        raise ExperimentError(
+            f"{path}: load.ramp_s: the ramp ({load.ramp_s:g} s) is longer than load.duration_s ({load.duration_s:g} s)"
+        )
+    return experiment
+
+
+def to_yaml(experiment: Experiment) -> str:
+    """The experiment as resolved. Header values are masked, since they may hold secrets."""
+    raw = msgspec.to_builtins(experiment)
+    raw["target"]["headers"] = dict.fromkeys(raw["target"]["headers"], "***")
+    text: str = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def replace(experiment: Experiment, key: str, value: Any) -> Experiment:
+    """The experiment with one dotted key changed, checked as if it had stood in the file."""
+    raw = msgspec.to_builtins(experiment)
+    _set_value(raw, key, value)
+    changed = _convert(raw, "override")
+    _check(changed, "override")
+    return changed
+
+
+def _set(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ExperimentError(f"--set {override!r}: expected KEY=VALUE, such as load.users=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text  # a value that is no YAML, such as an unquoted message, is meant as text
+    _set_value(raw, key, value)
+
+
+def _set_value(raw: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ExperimentError(f"--set {key}: '{parent}' holds a value, not keys")
+        node = child
+    node[last] = value
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def _interpolate(value: Any, environ: Mapping[str, str], where: str) -> Any:
+    """Fill ``${NAME}``; a value that is nothing but a variable is read as YAML, so that numbers stay numbers."""
+    if isinstance(value, dict):
+        return {key: _interpolate(child, environ, where) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_interpolate(child, environ, where) for child in value]
+    if not isinstance(value, str):
+        return value
+
+    def fill(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        filled = environ.get(name, default)
+        if filled is None:
+            raise ExperimentError(f"{where}: ${{{name}}} is not set; export {name} or write ${{{name}:-default}}")
+        return filled
+
+    filled = _VARIABLE.sub(fill, value)
+    return yaml.safe_load(filled) if _VARIABLE.fullmatch(value) else filled
+
+
+def _convert(raw: Any, where: str) -> Experiment:
+    _refuse_unknown(raw, Experiment, "", where)
+    try:
+        return msgspec.convert(raw, Experiment)
+    except msgspec.ValidationError as error:
+        message, _, at = str(error).partition(" - at `$")
+        key = at.rstrip("`").removeprefix(".") or "the file"
+        if message.startswith("Invalid enum value"):
+            message = f"expected {' | '.join(_choices(key))}, found{message.removeprefix('Invalid enum value')}"
+        raise ExperimentError(f"{where}: {key}: {message[0].lower()}{message[1:]}") from None
+
+
+def _choices(key: str) -> list[str]:
+    """What may stand at a dotted key whose type is made of literals and numbers."""
+    kind: Any = Experiment
+    for name in key.split("."):
+        kind = {field.name: field.type for field in msgspec.structs.fields(kind)}[name]
+    words = [word for part in get_args(kind) for word in (get_args(part) or [part]) if isinstance(word, str)]
+    return words if len(words) > 1 else ["a number above 0", *words]
+
+
+def _refuse_unknown(raw: Any, struct: type[msgspec.Struct], prefix: str, where: str) -> None:
+    """Name the unknown key together with the ones that exist, which msgspec does not."""
+    if not isinstance(raw, dict):
+        return
+    fields = {field.name: field.type for field in msgspec.structs.fields(struct)}
+    for key, value in raw.items():
+        if key not in fields:
+            raise ExperimentError(f"{where}: unknown key '{prefix}{key}'; known here: {', '.join(fields)}")
+        if isinstance(fields[key], type) and issubclass(fields[key], msgspec.Struct):
+            _refuse_unknown(value, fields[key], f"{prefix}{key}.", where)
+
+
+def _check(experiment: Experiment, where: str) -> None:
+    """What types cannot say."""
+    target, collect = experiment.target, experiment.collect
+    if not re.match(r"https?://[^/\s]+", target.url):
+        raise ExperimentError(f"{where}: target.url: expected http://HOST:PORT, found {target.url!r}")
+    if re.match(r"https?://[^/]*@", target.url):
+        raise ExperimentError(
+            f"{where}: target.url: holds a password; put it into headers or the variable of api_key_env"
+        )
+    if experiment.workload.ignore_eos and target.server == "transformers":
+        raise ExperimentError(f"{where}: workload.ignore_eos: transformers serve refuses this field; leave it out")
+    if collect.log != "none" and not collect.log.startswith("file:"):
+        raise ExperimentError(f"{where}: collect.log: expected none or file:PATH, found {collect.log!r}")
+    if isinstance(target.tls_verify, str) and not Path(target.tls_verify).is_file():
+        raise ExperimentError(f"{where}: target.tls_verify: no CA bundle at {target.tls_verify!r}")
+    for url in [collect.metrics_url] if isinstance(collect.metrics_url, str) else collect.metrics_url:
+        if url not in ("auto", "none") and not re.match(r"https?://", url):
+            raise ExperimentError(f"{where}: collect.metrics_url: expected auto, none or a list of URLs, found {url!r}")

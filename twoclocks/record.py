@@ -1,0 +1,95 @@
+"""The record: one line of requests.jsonl, the boundary between running and analysing.
+
+The stream client makes records, the run folder stores them, the analysis reads them. Times are seconds since the run's
+start on the master's monotonic clock; run.json anchors that clock to wall time. Nothing that can be computed is stored.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+Phase = Literal["warmup", "measure", "drain"]
+Status = Literal["ok", "error", "timeout", "cancelled", "truncated"]
+Kind = Literal["role", "content", "reasoning", "tool", "empty", "finish", "usage"]
+TokenSource = Literal["usage", "per-chunk usage", "tokenizer", "chunks"]
+
+TOKEN_KINDS: tuple[Kind, ...] = ("content", "reasoning", "tool")
+"""Kinds of chunk that carry tokens a reader sees. A role-only, empty, finish or usage chunk never counts as a token."""
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What happened to one request. Seconds on the run's clock unless the name says otherwise; None where unknown."""
+
+    request_id: str  # 32 hex digits, sent as X-Request-Id and used as the trace id; unique per attempt
+    target: str
+    prompt_id: str
+    session: str | None = None
+    turn: int | None = None
+    user: int
+    worker: int
+    phase: Phase
+    intended_at: float
+    connect_started_at: float | None = None  # None on a reused connection
+    connected_at: float | None = None
+    sent_at: float | None = None  # just before the first byte was written; None if that point was never reached
+    written_at: float | None = None  # the last byte was handed to the kernel
+    first_byte_at: float | None = None
+    ended_at: float
+    chunk_us: list[int] = []  # first chunk's offset from sent_at, then the gap to each next one; microseconds
+    chunk_tokens: list[int | None] | None = None  # None: every token chunk carries one, every other chunk none
+    chunk_kinds: list[tuple[Kind, int]] = []  # run lengths
+    chunk_choice: list[tuple[int, int]] | None = None  # run lengths of the choice index; None with one choice
+    timestamp_source: Literal["kernel", "user"] = "user"
+    reads_merged: int = 0  # reads that carried several token chunks, whose own times are therefore lost
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    token_source: TokenSource | None = None
+    finish_reason: str | None = None
+    http_status: int | None = None
+    status: Status
+    error_kind: str | None = None  # set whenever status is not ok
+    error_message: str | None = None
+    output_text: str | None = None  # only when asked for
+    server: dict[str, Any] | None = None  # the in-band timings, verbatim
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Record)
+
+
+def encode_record(record: Record) -> bytes:
+    """The record as one line of JSON, newline included."""
+    return _encoder.encode(record) + b"\n"
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a requests.jsonl, in file order.
+
+    A last line without its newline was being written when the run was killed; it is left out. Any other line that is no
+    record raises msgspec.ValidationError or msgspec.DecodeError.
+    """
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield _decoder.decode(line)
+
+
+def run_lengths(values: Iterable[T]) -> list[tuple[T, int]]:
+    """[a, a, b] -> [(a, 2), (b, 1)]."""
+    runs: list[tuple[T, int]] = []
+    for value in values:
+        if runs and runs[-1][0] == value:
+            runs[-1] = (value, runs[-1][1] + 1)
+        else:
+            runs.append((value, 1))
+    return runs
+
+
+def expand(runs: Iterable[tuple[T, int]]) -> list[T]:
+    """[(a, 2), (b, 1)] -> [a, a, b]."""
+    return [value for value, count in runs for _ in range(count)]

@@ -1,0 +1,98 @@
+"""The run folder: what a run leaves on disk, and the only thing that the analysis reads.
+
+Lines are appended as they come, so that a run that is killed at any instant leaves all that had arrived; run.json is
+replaced as a whole. Raw files are never rewritten.
+"""
+
+import os
+import platform
+import re
+import socket
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from twoclocks import __version__
+from twoclocks.errors import RunFolderError, TwoclocksError
+from twoclocks.experiment import Experiment, to_yaml
+
+SECRET_OPTION = re.compile(r"(authorization|api[-_]?key|token|secret|password|headers)\b[^=]*=", re.IGNORECASE)
+
+
+class RunFolder:
+    """An open run folder. Not safe for several writers of one file: each file has one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._requests = os.open(path / "requests.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.meta: dict[str, Any] = {}
+
+    @classmethod
+    def create(cls, experiment: Experiment, now: datetime | None = None) -> "RunFolder":
+        """A new folder ``<output>/<time>-<name>`` with the experiment as resolved. Raises RunFolderError."""
+        name = re.sub(r"[^\w.-]+", "-", experiment.name)[:80]
+        stamp = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")  # noqa: DTZ005  a name people read: local time
+        parent = Path(experiment.output)
+        for attempt in range(100):
+            path = parent / (f"{stamp}-{name}" + (f"-{attempt + 1}" if attempt else ""))
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise RunFolderError(
+                    f"{path}: the run folder cannot be made: {error.strerror}; name another place with --set output=DIR"
+                ) from None
+            (path / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")
+            return cls(path)
+        raise RunFolderError(f"{parent}: holds a hundred runs of this second; wait a moment")
+
+    def append(self, lines: bytes) -> None:
+        """Append finished lines to requests.jsonl. Raises TwoclocksError when the disk does not take them."""
+        try:
+            while lines:
+                lines = lines[os.write(self._requests, lines) :]
+        except OSError as error:
+            raise TwoclocksError(f"{self.path}/requests.jsonl: cannot be written: {error.strerror}") from None
+
+    def write_meta(self, **changes: Any) -> None:
+        """Replace run.json by what is known so far."""
+        self.meta |= changes
+        text = msgspec.json.format(msgspec.json.encode(self.meta), indent=2)
+        new = self.path / "run.json.new"
+        new.write_bytes(text + b"\n")
+        new.replace(self.path / "run.json")
+
+    def close(self) -> None:
+        """No more requests will come."""
+        os.close(self._requests)
+
+
+def first_meta(zero_ns: int) -> dict[str, Any]:
+    """What run.json holds from the start, whatever the run becomes."""
+    return {
+        "twoclocks_version": __version__,
+        "started_at_unix": time.time() - (time.monotonic_ns() - zero_ns) / 1e9,
+        "host": {
+            "hostname": socket.gethostname(),
+            "cpu_count": os.cpu_count(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+        },
+        "command_line": [_masked(word) for word in sys.argv],
+        "status": "running",
+        "window": {"started_at": None, "ended_at": None},
+        "ended_at": None,
+        "in_flight": None,
+        "lost_records": 0,
+        "notes": [],
+    }
+
+
+def _masked(word: str) -> str:
+    """A command-line word without the value of what may be a secret (--set target.headers.Authorization=...)."""
+    return re.sub(r"=.*", "=***", word, flags=re.DOTALL) if SECRET_OPTION.search(word) else word

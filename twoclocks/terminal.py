@@ -1,0 +1,180 @@
+"""Terminal: a summary -> the text a user sees, and summary.txt. Units are formatted here and nowhere else."""
+
+import io
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+WIDTH = 118
+LABELS = {
+    "ttft": "Time to first token (TTFT)",
+    "stream_throughput": "Token throughput of a request",
+    "itl": "Inter-token latency (ITL), chunk gaps",
+    "itl_per_token": "Inter-token latency (ITL), per token",
+    "tpot": "Time per output token (TPOT)",
+    "e2e": "Request duration (E2E)",
+}
+SHORT = {"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "E2E", "queue": "queue", "prefill": "prefill", "decode": "decode"}
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def number(value: float | None, unit: str) -> str:
+    """A figure as a reader sees it: seconds as milliseconds, a dash for what is not known."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if unit == "s":
+        value *= 1e3
+    if unit in ("requests", "tokens"):
+        return f"{value:,.0f}"
+    if unit == "share":
+        return f"{value * 100:.1f} %"
+    return f"{value:,.2f}" if abs(value) < 100 else f"{value:,.1f}" if abs(value) < 10_000 else f"{value:,.0f}"
+
+
+def shown_unit(unit: str) -> str:
+    """The unit that `number` shows."""
+    return {"s": "ms", "share": ""}.get(unit, unit)
+
+
+def bucket(interval: dict[str, float | None] | None) -> str:
+    """A percentile read from buckets, in ms: ``80 .. 100 (~94)``; its two ends are sure, the estimate is not."""
+    if interval is None:
+        return "–"
+    lower, estimate, upper = (interval[key] for key in ("lower", "estimate", "upper"))
+    if upper is None:
+        return f"> {number(lower, 's')}"
+    if estimate is None:
+        return f"< {number(upper, 's')}"
+    return f"{(lower or 0) * 1e3:g} .. {upper * 1e3:g} (~{number(estimate, 's')})"
+
+
+def plain(text: object) -> str:
+    """Text of a server made harmless: control characters, which could steer a terminal, are replaced."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text))
+
+
+def render(summary: dict[str, Any]) -> RenderableType:
+    """The whole summary as rich renderables."""
+    parts: list[RenderableType] = []
+    if summary["partial"]:
+        parts.append(Text(summary["partial"], style="bold yellow"))
+    parts += [_totals(summary), _latencies(summary)]
+    if summary["client_vs_server"]:
+        parts.append(_client_vs_server(summary["client_vs_server"]))
+    if summary["server_window"]:
+        parts.append(_server_window(summary["server_window"]))
+    parts += [_bullets("Checks", _check_lines(summary["checks"]))]
+    if summary["notes"]:
+        parts.append(_bullets("Notes", (Text(plain(note)) for note in summary["notes"])))
+    return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
+
+
+def to_text(renderable: RenderableType) -> str:
+    """What `render` made, as plain text of fixed width."""
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False)
+    console.print(renderable)
+    assert isinstance(console.file, io.StringIO)  # noqa: S101  (for the type checker)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+
+
+def _totals(summary: dict[str, Any]) -> Table:
+    figures, target = summary["figures"], summary["target"]
+    table = Table(title="Load test results", title_style="bold", title_justify="left", show_header=False, box=None)
+    table.add_column(min_width=36)
+    table.add_column(overflow="fold")
+    table.add_row("Run", Text(plain(summary["run"])))
+    who = [target.get(key) for key in ("name", "server", "server_version", "api", "model", "url")]
+    table.add_row("Target", Text(plain(", ".join(str(part) for part in dict.fromkeys(who) if part))))
+    table.add_row("Test duration", f"{figures['duration']['value'] or 0:,.2f} s")
+    table.add_row("Total requests", number(figures["requests"]["value"], "requests") + _warmup(figures))
+    table.add_row("Ok", number(figures["ok"]["value"], "requests"))
+    failed = sum(row["count"] for row in summary["errors"])
+    table.add_row("Failed or cut off", Text(str(failed) + (": " if failed else "") + ", ".join(map(_error, summary["errors"]))))
+    table.add_row("Requests/s", number(figures["request_throughput"]["value"], "requests/s"))
+    table.add_row("Output tokens/s", number(figures["output_throughput"]["value"], "tokens/s"))
+    table.add_row("Output tokens", number(figures["output_tokens"]["value"], "tokens"))
+    table.add_row("Prompt tokens", number(figures["prompt_tokens"]["value"], "tokens"))
+    if "goodput" in figures:
+        share = number(figures["goodput_share"]["value"], "share")
+        table.add_row("Goodput (requests/s)", f"{number(figures['goodput']['value'], 'requests/s')} ({share} of the requests)")
+    return table
+
+
+def _warmup(figures: dict[str, Any]) -> str:
+    count = figures["warmup"]["value"]
+    return f" (and {count} to warm up)" if count else ""
+
+
+def _error(row: dict[str, Any]) -> str:
+    return plain(f"{row['count']} {row['kind']}" + (f" ({row['example'][:80]})" if row["example"] else ""))
+
+
+def _latencies(summary: dict[str, Any]) -> Table:
+    table = Table(title="As the client saw it", title_style="bold", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("", min_width=36)
+    for heading in ("unit", "n", "mean", "p50", "p95", "p99"):
+        table.add_column(heading, justify="left" if heading == "unit" else "right")
+    for name, label in LABELS.items():
+        figure = summary["figures"][name]
+        values = [number(figure.get(key), figure["unit"]) for key in ("mean", "p50", "p95", "p99")]
+        table.add_row(label, shown_unit(figure["unit"]), f"{figure['n']:,}", *values)
+    return table
+
+
+def _client_vs_server(rows: list[dict[str, Any]]) -> Table:
+    sources = ", ".join(dict.fromkeys(row["source"] for row in rows))
+    title = f"Logged by tool and by server: the same requests, one by one ({sources}), in ms"
+    table = Table(title=title, title_style="bold", title_justify="left", show_edge=False, pad_edge=False)
+    for heading in ("metric", "n", "tool", "server", "difference"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
+    table.add_column("what differs in definition")
+    for row in rows:
+        told = "" if row["statistic"] == "p50" else row["what_differs"]
+        values = [number(row[key], "s") for key in ("client", "server", "difference")]
+        table.add_row(
+            f"{SHORT[row['metric']]} {row['statistic']}", f"{row['n']:,}", *values, told, end_section=row["statistic"] == "p50"
+        )
+    return table
+
+
+def _server_window(rows: list[dict[str, Any]]) -> RenderableType:
+    title = "Means over the scraped window: the server's /metrics (all that it answered) beside the tool's, in ms"
+    table = Table(title=title, title_style="bold", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("metric", no_wrap=True)
+    for heading in ("n", "tool", "n", "server", "difference"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for p in (50, 95, 99):
+        table.add_column(f"server p{p}", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            f"{SHORT[row['metric']]} mean",
+            f"{row['client_n']:,}" if row["client_n"] else "–",
+            number(row["client_mean"], "s"),
+            f"{row['server_n']:,}",
+            number(row["server_mean"], "s"),
+            number(row["difference"], "s"),
+            *(bucket(row[f"server_p{p}"]) for p in (50, 95, 99)),
+        )
+    remarks = ["Percentiles are read from buckets: lower .. upper bound (~estimate)."]
+    if any(row["client_n"] and row["difference"] is None for row in rows):
+        remarks.append("No difference where the two sides do not have the same number of observations.")
+    clocks = (Text.assemble((f"{SHORT[row['metric']]}: ", "bold"), row["server_definition"], ".") for row in rows)
+    return Group(table, Text(" ".join(remarks), style="dim"), _bullets("The server's clock", clocks))
+
+
+def _check_lines(checks: list[dict[str, Any]]) -> Iterable[Text]:
+    marks = {True: ("yes  ", "green"), False: ("NO   ", "bold red"), None: ("?    ", "dim")}
+    for check in checks:
+        mark, style = marks[check["passed"]]
+        yield Text.assemble((mark, style), check["text"])
+
+
+def _bullets(title: str, lines: Iterable[Text]) -> RenderableType:
+    return Group(Text(title, style="bold"), *(Padding(line, (0, 0, 0, 2)) for line in lines))
