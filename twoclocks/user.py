@@ -22,6 +22,7 @@ import msgspec
 from greenlet import GreenletExit
 from locust import User, constant, events, task
 from locust.env import Environment
+from locust.exception import StopUser
 from locust.runners import MasterRunner, WorkerRunner
 
 from twoclocks import experiment as experiments
@@ -29,7 +30,7 @@ from twoclocks.client import Connection, Endpoint, Origin, make_endpoint, reques
 from twoclocks.collect import Collectors, Job
 from twoclocks.errors import TwoclocksError
 from twoclocks.experiment import Experiment
-from twoclocks.record import TOKEN_KINDS, Phase, Record, encode_record
+from twoclocks.record import TOKEN_KINDS, Record, encode_record
 from twoclocks.run_folder import RunFolder, first_meta
 from twoclocks.target import metrics_urls, resolve
 from twoclocks.workload import Plan, load_prompts, plans
@@ -81,8 +82,9 @@ class StreamingUser(User):
     def stream(self) -> None:
         """One request, from intention to record."""
         sender = self.sender
-        phase: Phase = "drain" if sender.stopping else "measure"
-        record = send(self.connection, next(sender.plans), self.origin, phase)
+        if sender.stopping:  # a user that Locust kills between two tasks may still come here, and must not send
+            raise StopUser
+        record = send(self.connection, next(sender.plans), self.origin, "measure")
         sender.sink(encode_record(record))
         fire_request(self.environment, sender.experiment, record)
         if record.status == "cancelled":
