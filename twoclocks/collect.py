@@ -127,6 +127,12 @@ class LogTail:
         if self.file is not None:
             self.out.write(self.file.read())
 
+    def close(self) -> None:
+        """Nothing more will be copied."""
+        self.out.close()
+        if self.file is not None:
+            self.file.close()
+
     def _was_replaced(self) -> bool:
         assert self.file is not None
         try:
@@ -174,6 +180,7 @@ def main() -> None:
                 break
         if tail:
             tail.copy()
+            tail.close()
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
@@ -204,7 +211,9 @@ class Collectors:
         self.process.stdin.write(msgspec.json.encode(job) + b"\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
-        self.errors: dict[str, str | None] = msgspec.json.decode(answer)["ready"] if answer else {}
+        self.errors: dict[str, str | None] = dict.fromkeys(job.metrics_urls, "the collecting process did not start")
+        if answer:
+            self.errors = msgspec.json.decode(answer)["ready"]
         """What the first scrape of each page said was wrong; None where it was read."""
 
     def stop(self) -> None:
@@ -215,12 +224,8 @@ class Collectors:
             self.process.stdin.flush()
             self.process.wait(SETTLE_S + 15)
         except (BrokenPipeError, subprocess.TimeoutExpired):
-            self.kill()
-
-    def kill(self) -> None:
-        """End the child now."""
-        self.process.kill()
-        self.process.wait()
+            self.process.kill()
+        self.process.communicate()  # also closes the pipes
 
 
 if __name__ == "__main__":

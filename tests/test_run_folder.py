@@ -1,0 +1,47 @@
+import json
+from datetime import datetime
+
+import pytest
+
+from twoclocks.errors import RunFolderError
+from twoclocks.experiment import Experiment
+from twoclocks.record import Record, encode_record, read_records
+from twoclocks.run_folder import RunFolder, first_meta
+
+NOW = datetime(2026, 1, 2, 3, 4, 5)  # noqa: DTZ001
+RECORD = Record(request_id="a", target="t", prompt_id="p", user=0, worker=0, phase="measure", intended_at=0, ended_at=1, status="ok")
+
+
+def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path):
+    experiment = Experiment(name="a/b c", output=str(tmp_path))
+    folders = [RunFolder.create(experiment, NOW) for _ in range(2)]
+    for folder in folders:
+        folder.close()
+
+    assert [folder.path.name for folder in folders] == ["20260102-030405-a-b-c", "20260102-030405-a-b-c-2"]
+
+
+def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
+    folder = RunFolder.create(Experiment(output=str(tmp_path)), NOW)
+    folder.append(encode_record(RECORD) + encode_record(RECORD)[:40])
+    folder.close()
+
+    assert list(read_records(folder.path / "requests.jsonl")) == [RECORD]
+
+
+def test_what_is_known_so_far_stands_in_run_json(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["locust", "--set", "target.headers.Authorization=Bearer secret", "-u", "3"])
+    folder = RunFolder.create(Experiment(output=str(tmp_path)), NOW)
+    folder.write_meta(**first_meta(0))
+    folder.write_meta(status="finished")
+    folder.close()
+    meta = json.loads((folder.path / "run.json").read_text())
+
+    assert (meta["status"], meta["lost_records"]) == ("finished", 0)
+    assert meta["command_line"] == ["locust", "--set", "target.headers.Authorization=***", "-u", "3"]
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="the run folder cannot be made"):
+        RunFolder.create(Experiment(output=str(tmp_path / "file")), NOW)

@@ -1,0 +1,295 @@
+"""sse, http1 and dialect: from bytes to meaning, under any split of the bytes."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from fake_server import DONE, chunked, delta, event, usage, words
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twoclocks.dialect import parse_event, read_stream
+from twoclocks.http1 import ProtocolError, ResponseReader, request_head
+from twoclocks.record import expand, run_lengths
+from twoclocks.sse import MAX_EVENT_BYTES, EventTooLong, SseDecoder
+
+RECORDED = Path(__file__).parent / "data" / "recorded"
+ROLE = delta(role="assistant", content="")
+
+
+def split_at(data: bytes, cuts) -> list[bytes]:
+    marks = [0, *sorted({cut % (len(data) + 1) for cut in cuts}), len(data)]
+    return [data[start:end] for start, end in zip(marks, marks[1:], strict=False)]
+
+
+def decode(pieces) -> list[bytes]:
+    decoder = SseDecoder()
+    return [data for piece in pieces for data in decoder.feed(piece)] + list(decoder.flush())
+
+
+def read(*events: bytes):
+    return read_stream([(index, one) for index, one in enumerate(events)])
+
+
+# server-sent events
+
+HOSTILE = (
+    "data: 日本🙂\n\n: comment\n\ndata:no space\r\n\r\nevent: x\nid: 1\ndata: two\ndata: lines\n\ndata\n\n"
+    "retry: 5\n\ndata: a\u2028b\x0bc\x85d\rdata: after a lone CR\r\rdata:\n\ndata: last without its blank line"
+).encode()
+EXPECTED = ["日本🙂", "no space", "two\nlines", "a\u2028b\x0bc\x85d\nafter a lone CR", "", "last without its blank line"]
+
+
+@given(st.lists(st.integers(0, len(HOSTILE)), max_size=30))
+def test_events_do_not_depend_on_the_split(cuts):
+    assert [data.decode() for data in decode(split_at(HOSTILE, cuts))] == EXPECTED
+
+
+def test_events_byte_by_byte():
+    assert [data.decode() for data in decode(bytes([byte]) for byte in HOSTILE)] == EXPECTED
+
+
+@pytest.mark.parametrize("line", [b"data: ", b": ", b""])
+def test_an_endless_event_is_refused(line):
+    decoder = SseDecoder()
+    with pytest.raises(EventTooLong):
+        for piece in [line, *[b"x" * 65536] * (MAX_EVENT_BYTES // 65536 + 1)]:
+            list(decoder.feed(piece))
+
+
+def test_endless_data_lines_without_an_event_are_refused():
+    decoder = SseDecoder()
+    with pytest.raises(EventTooLong):
+        for _ in range(MAX_EVENT_BYTES // 1000 + 1):
+            list(decoder.feed(b"data: " + b"x" * 1000 + b"\n"))
+
+
+def test_comments_for_ever_are_no_endless_event():
+    decoder = SseDecoder()
+    for _ in range(2 * MAX_EVENT_BYTES // 1000):
+        assert list(decoder.feed(b": " + b"x" * 1000 + b"\n\n")) == []
+
+
+# HTTP
+
+RESPONSE = (
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    + b"5;ext=1\r\nhello\r\n"
+    + chunked(b" world" * 50)
+    + b"0\r\nX-Trailer: 1\r\n\r\n"
+)
+
+
+@given(st.lists(st.integers(0, len(RESPONSE)), max_size=30))
+def test_a_body_does_not_depend_on_the_split(cuts):
+    reader = ResponseReader()
+    body = b"".join(reader.feed(piece) for piece in split_at(RESPONSE, cuts))
+
+    assert body == b"hello" + b" world" * 50
+    assert (reader.status, reader.complete, reader.reusable) == (200, True, True)
+    assert reader.headers["content-type"] == "text/event-stream"
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_crash_the_reader(data):
+    reader = ResponseReader()
+    try:
+        reader.feed(data)
+        reader.feed(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + data)
+    except ProtocolError:
+        return
+    assert reader.status in (0, *range(100, 600))
+
+
+@pytest.mark.parametrize(
+    ("head", "complete_at_end", "reusable"),
+    [
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nabc", True, True),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\nConnection: close\r\n\r\nabc", True, False),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nabcEXTRA", True, False),
+        (b"HTTP/1.1 200 OK\r\n\r\nabc", True, False),
+        (b"HTTP/1.0 200 OK\r\ncontent-length: 3\r\n\r\nabc", True, False),
+        (b"HTTP/1.1 204 No\r\n\r\n", True, True),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nabc", False, True),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n", False, True),
+    ],
+)
+def test_where_a_response_ends(head, complete_at_end, reusable):
+    reader = ResponseReader()
+    reader.feed(head)
+    reader.end_of_input()
+
+    assert (reader.complete, reader.reusable) == (complete_at_end, reusable)
+
+
+def test_a_request_head():
+    assert request_head("h:1", "/p", {"A": "b"}) == b"POST /p HTTP/1.1\r\nHost: h:1\r\nA: b\r\n"
+
+
+# dialects
+
+
+def recorded(name):
+    """A recording: (time in ns, bytes) of each read, as the real server sent them."""
+    for line in (RECORDED / name).read_text().splitlines():
+        if line.startswith("@"):
+            at, text = line[1:].split(" ", 1)
+            yield round(float(at) * 1e9), ast.literal_eval(text).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "output_tokens", "token_source", "finish_reason"),
+    [
+        ("vllm_chat_usage", [("role", 1), ("content", 16), ("usage", 1)], 16, "usage", "length"),
+        ("vllm_chat_contusage", [("role", 1), ("content", 8), ("usage", 1)], 8, "per-chunk usage", "length"),
+        ("vllm_cmpl_usage", [("content", 12), ("usage", 1)], 12, "usage", "length"),
+        ("vllm_chat_n3", [("role", 3), ("content", 18), ("usage", 1)], 18, "usage", "length"),
+        ("tfplain_chat_usage", [("role", 1), ("content", 16), ("usage", 1)], 16, "usage", "length"),
+        ("tfcb_chat_usage", [("role", 1), ("content", 16), ("usage", 1)], 16, "usage", "length"),
+    ],
+)
+def test_recordings_of_real_servers(name, kinds, output_tokens, token_source, finish_reason):
+    stream = read_stream(recorded(f"{name}.sse"))
+
+    assert run_lengths(stream.kinds) == kinds
+    assert (stream.output_tokens, stream.token_source, stream.finish_reason) == (
+        output_tokens,
+        token_source,
+        finish_reason,
+    )
+    assert stream.ended
+    assert stream.tokens is None
+    assert stream.error is stream.malformed is None
+
+
+WHOLE = b"".join(body for _, body in recorded("vllm_chat_contusage.sse"))
+
+
+@given(st.lists(st.integers(0, len(WHOLE)), max_size=40))
+def test_any_split_of_a_stream_gives_the_same_but_for_times(cuts):
+    stream = read_stream((0, piece) for piece in split_at(WHOLE, cuts))
+    whole = read_stream(recorded("vllm_chat_contusage.sse"))
+
+    for field in ("kinds", "choices", "tokens", "output_tokens", "finish_reason", "text", "server", "ended"):
+        assert getattr(stream, field) == getattr(whole, field)
+
+
+@pytest.mark.parametrize(
+    ("payload", "kind"),
+    [
+        (delta(role="assistant", content=""), "role"),
+        (delta(role="assistant"), "role"),
+        (delta(content="a"), "content"),
+        (delta(role="assistant", content="a"), "content"),
+        (delta(content="a", finish_reason="length"), "content"),
+        (delta(reasoning="a"), "reasoning"),
+        (delta(reasoning_content="a", content=None), "reasoning"),
+        (delta(tool_calls=[{"index": 0, "function": {"arguments": "{"}}]), "tool"),
+        (delta(tool_calls=[{"index": 0}], reasoning="a", content="b"), "tool"),
+        (delta(content=""), "empty"),
+        (delta(content="", usage={"completion_tokens": 3}), "empty"),
+        (delta(finish_reason="stop"), "finish"),
+        (delta(finish_reason="stop", usage={"completion_tokens": 3}), "usage"),
+        (usage(3), "usage"),
+        (event({"choices": [{"index": 0, "text": "a"}]}), "content"),
+        (event({"choices": [{"index": 0, "text": "", "finish_reason": "stop"}]}), "finish"),
+        (event({"choices": []}), "empty"),
+    ],
+)
+def test_the_kind_of_a_chunk(payload, kind):
+    (data,) = decode([payload])
+
+    assert [chunk.kind for chunk in parse_event(data).chunks] == [kind]
+
+
+def test_running_usage_counts_the_tokens_of_merged_chunks():
+    stream = read(
+        delta(role="assistant", content="", usage={"completion_tokens": 0}),
+        delta(content="a", usage={"completion_tokens": 1}),
+        delta(content="bcd", usage={"completion_tokens": 4}),
+        delta(content="", usage={"completion_tokens": 5}),
+        delta(content="e", finish_reason="length", usage={"completion_tokens": 6}),
+        usage(6),
+        DONE,
+    )
+
+    assert stream.tokens == [0, 1, 3, 1, 1, 0]
+    assert (stream.output_tokens, stream.token_source) == (6, "per-chunk usage")
+
+
+def test_running_usage_of_a_cut_stream_is_its_count():
+    stream = read(delta(content="ab", usage={"completion_tokens": 2}), delta(content="c", usage={"completion_tokens": 3}))
+
+    assert (stream.output_tokens, stream.token_source, stream.ended) == (3, "per-chunk usage", False)
+
+
+def test_running_usage_is_counted_for_each_choice():
+    stream = read(
+        delta(index=0, content="a", usage={"completion_tokens": 1}),
+        delta(index=1, content="ab", usage={"completion_tokens": 2}),
+        delta(index=0, content="c", finish_reason="length", usage={"completion_tokens": 2}),
+        delta(index=1, content="c", finish_reason="length", usage={"completion_tokens": 3}),
+        usage(5),
+    )
+
+    assert (stream.tokens, stream.output_tokens, stream.choices) == ([1, 2, 1, 1, 0], 5, [0, 1, 0, 1, 0])
+
+
+def test_chunks_of_several_tokens_are_unknown_without_running_usage():
+    stream = read(ROLE, *words(3), delta(finish_reason="length"), usage(7), DONE)
+
+    assert (stream.tokens, stream.output_tokens, stream.token_source) == ([0, None, None, None, 0, 0], 7, "usage")
+
+
+def test_the_silent_end_token_does_not_make_chunks_unknown():
+    stream = read(ROLE, *words(3), delta(finish_reason="stop"), usage(4), DONE)
+
+    assert (stream.tokens, stream.output_tokens) == (None, 4)
+
+
+@pytest.mark.parametrize("lie", [-3, 2.5, "7", None, True])
+def test_usage_that_cannot_be_a_count_is_not_believed(lie):
+    stream = read(*words(2), delta(finish_reason="stop"), usage(lie), DONE)
+
+    assert (stream.output_tokens, stream.token_source) == (2, "chunks")
+
+
+def test_cached_tokens():
+    stream = read(*words(1), usage(1, prompt_tokens=9), event({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 8}}}))
+
+    assert (stream.prompt_tokens, stream.cached_tokens) == (9, 8)
+
+
+def test_a_choice_that_did_not_finish_leaves_the_answer_open():
+    stream = read(delta(index=0, content="a", finish_reason="stop"), delta(index=1, content="b"))
+
+    assert not stream.ended
+
+
+def test_reads_that_carry_several_tokens_are_counted():
+    one, two, three, four = words(4)
+    stream = read_stream([(0, ROLE + one), (1, two + three), (2, four + DONE)])
+
+    assert stream.reads_merged == 1
+    assert stream.arrived_ns == [0, 0, 1, 1, 2]
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["choices", "usage", "error", "delta", "content", "index", "completion_tokens"]), inner)))
+def test_json_of_any_form_is_an_event_or_malformed(payload):
+    stream = read(b"data: %b\n\n" % json.dumps(payload).encode())
+
+    assert len(stream.kinds) == len(stream.choices)
+    assert stream.output_tokens is None or stream.output_tokens >= 0
+
+
+@given(st.binary(max_size=200))
+def test_bytes_of_any_form_do_not_crash(data):
+    stream = read_stream([(0, data), (1, b"data: " + data + b"\n\n")])
+
+    assert len(stream.arrived_ns) == len(stream.kinds)
+
+
+@given(st.lists(st.sampled_from("abc")))
+def test_run_lengths_expand_again(values):
+    assert expand(run_lengths(values)) == values
