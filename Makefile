@@ -1,0 +1,37 @@
+# Four targets a newcomer needs: demo, test, lint, clean. Everything is installed from pinned lists.
+#   PYTHON=python3.12 make demo      another interpreter (3.11 or newer)
+#   TWOCLOCKS_CACHE=/big/disk make demo      another place for the servers' environments and models (about 4 GB)
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo install test lint format clean
+
+demo: $(INSTALLED)
+	@$(BIN)/python scripts/demo.py
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another: PYTHON=python3.12 make demo")'
+	@echo "installing the tester into .venv (about 40 s)"
+	@$(PYTHON) -m venv .venv || { echo "no virtual environment could be made; on Debian: apt-get install python3-venv"; exit 2; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' \
+	  || { echo "the tester could not be installed (see above); is there a network and 1 GB of disk?"; exit 2; }
+	@touch $@
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
