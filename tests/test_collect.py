@@ -21,7 +21,7 @@ def job(folder, **changes):
 
 
 def page(**values):
-    lines = [f"# TYPE {name} gauge\n{name}{{engine=\"0\"}} {value}\n" for name, value in values.items()]
+    lines = [f'# TYPE {name} gauge\n{name}{{engine="0"}} {value}\n' for name, value in values.items()]
     return response(200, "".join(lines).encode(), "text/plain")
 
 

@@ -53,7 +53,11 @@ def test_overrides_and_variables(load):
         ("target: {url: 'http://me:pw@h'}", (), "target.url: holds a password"),
         ("target: {url: '${NO_SUCH}'}", (), "${NO_SUCH} is not set; export NO_SUCH or write"),
         ("target: {tls_verify: nope.pem}", (), "target.tls_verify: no CA bundle at 'nope.pem'"),
-        ("target: {server: transformers}\nworkload: {ignore_eos: true}", (), "workload.ignore_eos: transformers serve refuses"),
+        (
+            "target: {server: transformers}\nworkload: {ignore_eos: true}",
+            (),
+            "workload.ignore_eos: transformers serve refuses",
+        ),
         ("collect: {log: x.log}", (), "collect.log: expected none or file:PATH"),
         ("collect: {metrics_url: [localhost]}", (), "collect.metrics_url: expected auto, none or a list of URLs"),
         ("- a", (), "expected keys such as 'target:'"),

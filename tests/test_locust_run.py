@@ -166,7 +166,7 @@ def test_the_collector_dies_with_its_parent(tmp_path):
 
 
 def test_the_servers_pages_are_sampled_before_during_and_after(tmp_path):
-    page = "# TYPE vllm:generation_tokens_total counter\nvllm:generation_tokens_total{{engine=\"0\"}} {}\n"
+    page = '# TYPE vllm:generation_tokens_total counter\nvllm:generation_tokens_total{{engine="0"}} {}\n'
     with FakeServer(lambda body: plain_answer(5, gap_s=0.01)) as server:
         server.metrics = lambda: response(200, page.format(5 * len(server.requests)).encode(), "text/plain")
         words_ = ("-H", server.url, "-u", "1", "-t", "3", "--no-report", "--set", "collect.metrics_interval_s=0.5")
@@ -272,7 +272,11 @@ def reachable(url) -> bool:
 
 
 def listening_port(pid) -> int | None:
-    inodes = {match[1] for fd in Path(f"/proc/{pid}/fd").iterdir() if (match := re.match(r"socket:\[(\d+)\]", str(fd.readlink())))}
+    inodes = {
+        match[1]
+        for fd in Path(f"/proc/{pid}/fd").iterdir()
+        if (match := re.match(r"socket:\[(\d+)\]", str(fd.readlink())))
+    }
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         _, local, _, state, *rest = line.split()
         if state == "0A" and rest[5] in inodes:

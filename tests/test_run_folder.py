@@ -9,7 +9,9 @@ from twoclocks.record import Record, encode_record, read_records
 from twoclocks.run_folder import RunFolder, first_meta
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)  # noqa: DTZ001
-RECORD = Record(request_id="a", target="t", prompt_id="p", user=0, worker=0, phase="measure", intended_at=0, ended_at=1, status="ok")
+RECORD = Record(
+    request_id="a", target="t", prompt_id="p", user=0, worker=0, phase="measure", intended_at=0, ended_at=1, status="ok"
+)
 
 
 def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path):

@@ -38,7 +38,14 @@ HOSTILE = (
     "data: 日本🙂\n\n: comment\n\ndata:no space\r\n\r\nevent: x\nid: 1\ndata: two\ndata: lines\n\ndata\n\n"
     "retry: 5\n\ndata: a\u2028b\x0bc\x85d\rdata: after a lone CR\r\rdata:\n\ndata: last without its blank line"
 ).encode()
-EXPECTED = ["日本🙂", "no space", "two\nlines", "a\u2028b\x0bc\x85d\nafter a lone CR", "", "last without its blank line"]
+EXPECTED = [
+    "日本🙂",
+    "no space",
+    "two\nlines",
+    "a\u2028b\x0bc\x85d\nafter a lone CR",
+    "",
+    "last without its blank line",
+]
 
 
 @given(st.lists(st.integers(0, len(HOSTILE)), max_size=30))
@@ -219,7 +226,9 @@ def test_running_usage_counts_the_tokens_of_merged_chunks():
 
 
 def test_running_usage_of_a_cut_stream_is_its_count():
-    stream = read(delta(content="ab", usage={"completion_tokens": 2}), delta(content="c", usage={"completion_tokens": 3}))
+    stream = read(
+        delta(content="ab", usage={"completion_tokens": 2}), delta(content="c", usage={"completion_tokens": 3})
+    )
 
     assert (stream.output_tokens, stream.token_source, stream.ended) == (3, "per-chunk usage", False)
 
@@ -256,7 +265,16 @@ def test_usage_that_cannot_be_a_count_is_not_believed(lie):
 
 
 def test_cached_tokens():
-    stream = read(*words(1), usage(1, prompt_tokens=9), event({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 8}}}))
+    stream = read(
+        *words(1),
+        usage(1, prompt_tokens=9),
+        event(
+            {
+                "choices": [],
+                "usage": {"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 8}},
+            }
+        ),
+    )
 
     assert (stream.prompt_tokens, stream.cached_tokens) == (9, 8)
 
@@ -275,7 +293,17 @@ def test_reads_that_carry_several_tokens_are_counted():
     assert stream.arrived_ns == [0, 0, 1, 1, 2]
 
 
-@given(st.recursive(st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["choices", "usage", "error", "delta", "content", "index", "completion_tokens"]), inner)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(),
+        lambda inner: (
+            st.lists(inner)
+            | st.dictionaries(
+                st.sampled_from(["choices", "usage", "error", "delta", "content", "index", "completion_tokens"]), inner
+            )
+        ),
+    )
+)
 def test_json_of_any_form_is_an_event_or_malformed(payload):
     stream = read(b"data: %b\n\n" % json.dumps(payload).encode())
 

@@ -13,7 +13,9 @@ DEMO = Path(__file__).parent.parent / "requests" / "demo.jsonl"
 
 def prompts_of(tmp_path, *lines, api="chat"):
     path = tmp_path / "r.jsonl"
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    path.write_text(
+        "".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    )
     return load_prompts(path, api)
 
 
@@ -28,7 +30,14 @@ def test_a_prompt_of_text_becomes_one_user_message_for_chat(tmp_path):
 
 
 def test_our_fields_stay_here_and_the_others_are_sent(tmp_path):
-    line = {"id": 7, "messages": [{"role": "user", "content": "x"}], "session": "s", "turn": 0, "top_k": 3, "max_tokens": 5}
+    line = {
+        "id": 7,
+        "messages": [{"role": "user", "content": "x"}],
+        "session": "s",
+        "turn": 0,
+        "top_k": 3,
+        "max_tokens": 5,
+    }
     (prompt,) = prompts_of(tmp_path, line | {"expected_output_tokens": 9})
     body = body_of(prompt, server="other", extra_body={"seed": 1})
 

@@ -1,0 +1,79 @@
+"""Locust's hooks: our command-line options, and the side of a run that this process takes.
+
+Nothing is made before Locust's init event, since `--processes` forks before it.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from locust import events
+from locust.env import Environment
+from locust.runners import WorkerRunner
+
+from twoclocks.client import make_endpoint
+from twoclocks.errors import TwoclocksError
+from twoclocks.experiment import load_experiment
+from twoclocks.master import MasterSide, apply_options
+from twoclocks.worker import WorkerSide
+from twoclocks.workload import load_prompts
+
+DEFAULT_EXPERIMENT = Path(__file__).parent.parent / "configs" / "default.yaml"
+
+
+def listen() -> None:
+    """Called by the locustfile, once."""
+    events.init_command_line_parser.add_listener(add_options)
+    events.init.add_listener(on_init)
+
+
+def add_options(parser: Any) -> None:
+    """Our options beside Locust's; web UI and master port listen on this machine only unless told otherwise."""
+    parser.add_argument(
+        "--experiment",
+        metavar="FILE",
+        default=str(DEFAULT_EXPERIMENT),
+        env_var="TWOCLOCKS_EXPERIMENT",
+        include_in_web_ui=False,
+        help="experiment file, e.g. configs/demo-vllm.yaml (default: configs/default.yaml)",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        include_in_web_ui=False,
+        help="change one key of the experiment, e.g. --set load.users=10; may be given several times",
+    )
+    parser.add_argument(
+        "--no-report",
+        action="store_true",
+        include_in_web_ui=False,
+        help="leave the report to a later `twoclocks report RUN`",
+    )
+    parser.set_defaults(web_host="127.0.0.1", master_bind_host="127.0.0.1")
+
+
+def on_init(environment: Environment, runner: Any, **_: Any) -> None:
+    """Read the experiment, fill Locust's own options from it, and listen."""
+    if isinstance(runner, WorkerRunner):
+        WorkerSide(environment, runner)
+        return
+    options = environment.parsed_options
+    assert options is not None
+    try:
+        experiment = load_experiment(Path(options.experiment), options.overrides)
+        settings = apply_options(experiment, options)
+        load_prompts(Path(settings.workload.requests), settings.target.api)  # so that a bad file is told at once
+        make_endpoint(settings.target, settings.timeouts)
+    except TwoclocksError as error:
+        sys.stderr.write(f"twoclocks: {error}\n")
+        sys.exit(error.exit_code)
+    load = settings.load
+    options.num_users, options.spawn_rate = load.users, load.users / max(load.ramp_s, 1.0)
+    options.host = environment.host = settings.target.url
+    environment.stop_timeout = load.drain_s
+    # the measured time begins after the warm-up, so the clock of a headless run is ours; elsewhere this fills the form
+    options.run_time = None if options.headless else round(load.duration_s)
+    MasterSide(environment, runner, options, experiment, settings)

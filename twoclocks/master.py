@@ -1,0 +1,358 @@
+"""The master's side of a run: its folder, its clock, its collectors, its end.
+
+It lives in Locust's master, or in its only process. Workers send their finished lines here.
+"""
+
+import itertools
+import logging
+import socket
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gevent
+import msgspec
+from greenlet import GreenletExit
+from locust.env import Environment
+from locust.runners import MasterRunner
+
+from twoclocks import experiment as experiments
+from twoclocks.client import Connection, Origin, make_endpoint, request_headers, send
+from twoclocks.collect import Collectors, Job
+from twoclocks.errors import TwoclocksError
+from twoclocks.experiment import Experiment
+from twoclocks.record import Record, encode_record
+from twoclocks.run_folder import RunFolder, first_meta
+from twoclocks.target import metrics_urls, resolve
+from twoclocks.user import Sender, StreamingUser
+from twoclocks.workload import load_prompts, plans
+
+WORKER_GRACE_S = 15.0  # beyond the drain, for a worker's last lines to arrive
+
+log = logging.getLogger("twoclocks")
+logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each control request says nothing to a user
+
+
+class MasterSide:
+    """Begins and ends runs in the process that owns the run folder: Locust's master, or its only process."""
+
+    def __init__(
+        self, environment: Environment, runner: Any, options: Namespace, written: Experiment, settings: Experiment
+    ) -> None:
+        self.environment, self.runner, self.options = environment, runner, options
+        self.written = written  # as the file and --set have it
+        self.experiment = settings  # as Locust's own options have changed it
+        self.folder: RunFolder | None = None
+        self.collectors: Collectors | None = None
+        self.timer: gevent.Greenlet | None = None
+        self.sender: Sender | None = None
+        self.zero_ns = 0
+        self.model = ""
+        self.received: dict[str, int] = {}  # lines of each worker
+        self.sent: dict[str, int] = {}  # lines that a worker says it sent, once it is done
+        self.shares: dict[str, int] = {}
+        self.time_is_up = False
+        self.broken: str | None = None
+        self.ended: list[Path] = []  # folders of the runs that are over
+        environment.events.test_start.add_listener(lambda **_: self.begin())
+        environment.events.test_stopping.add_listener(lambda **_: self.stopping())
+        environment.events.test_stop.add_listener(lambda **_: self.end())
+        environment.events.quitting.add_listener(lambda **_: self.quitting())
+        environment.events.quit.add_listener(lambda **_: self.say_where())
+        if isinstance(runner, MasterRunner):
+            runner.register_message("twoclocks_lines", self.on_lines)
+            runner.register_message("twoclocks_done", self.on_done)
+            environment.events.worker_connect.add_listener(lambda client_id, **_: self.welcome(client_id))
+
+    # begin
+
+    def begin(self) -> None:
+        """Check the target, open the run folder, start the collectors, warm up, and start the clock."""
+        try:
+            self._begin()
+        except TwoclocksError as error:
+            sys.stderr.write(f"twoclocks: {error}\n")
+            self.environment.process_exit_code = error.exit_code
+            if self.options.headless:
+                gevent.spawn(self.runner.quit)
+            raise GreenletExit from None  # ends the greenlet that was about to spawn users
+
+    def _begin(self) -> None:
+        if not self.options.headless:  # the web form may have changed users, rate, host and time
+            self.experiment = apply_options(
+                self.experiment, Namespace(**vars(self.options) | {"host": self.environment.host})
+            )
+        experiment = self.experiment
+        self.environment.stop_timeout = experiment.load.drain_s
+        self.received, self.sent, self.shares = {}, {}, {}
+        self.time_is_up, self.broken = False, None
+        self.model, version = resolve(experiment.target)
+        endpoint = make_endpoint(experiment.target, experiment.timeouts)
+        prompts = load_prompts(Path(experiment.workload.requests), experiment.target.api)
+        self.folder = RunFolder.create(experiment)
+        self.zero_ns = time.monotonic_ns()
+        target = experiment.target
+        self.folder.write_meta(
+            **first_meta(self.zero_ns),
+            overrides=_differences(self.written, experiment) | dict(_split(self.options.overrides)),
+            labels=experiment.labels,
+            target={
+                "name": endpoint.target,
+                "url": target.url,
+                "server": target.server,
+                "api": target.api,
+                "model": self.model,
+                "server_version": version,
+            },
+            workers=1,
+        )
+        log.info("run folder: %s", self.folder.path)
+        self.collectors = Collectors(self._job())
+        for url, error in self.collectors.errors.items():
+            if error:
+                self.note(f"{url} could not be read ({error}); the server's own totals will be missing")
+        self.sender = Sender(
+            experiment=experiment,
+            endpoint=endpoint,
+            zero_ns=self.zero_ns,
+            worker=0,
+            plans=plans(experiment, prompts, self.model),
+            sink=self.keep,
+            numbers=itertools.count(),
+        )
+        StreamingUser.sender = self.sender
+        self._warm_up()
+        if isinstance(self.runner, MasterRunner):
+            clients = [client.id for client in self.runner.clients.all]
+            self.folder.write_meta(workers=len(clients))
+            for client_id in clients:
+                self.welcome(client_id)
+        self.folder.write_meta(window={"started_at": self._now(), "ended_at": None})
+        log.info("measuring for load.duration_s = %g s", experiment.load.duration_s)
+        self.timer = gevent.spawn_later(experiment.load.duration_s, self._time_is_up)
+        if self.environment.web_ui is not None:
+            # Locust's timer began before the warm-up; the clock that counts is the one above
+            self.environment.web_ui._cancel_run_time_timer()
+
+    def _job(self) -> Job:
+        experiment, folder = self.experiment, self.folder
+        assert folder is not None
+        log_setting = experiment.collect.log
+        return Job(
+            run_folder=str(folder.path),
+            zero_ns=self.zero_ns,
+            metrics_urls=metrics_urls(experiment.target, experiment.collect.metrics_url),
+            interval_s=experiment.collect.metrics_interval_s,
+            headers=request_headers(experiment.target),
+            tls_verify=experiment.target.tls_verify,
+            log_path=None if log_setting == "none" else log_setting.removeprefix("file:"),
+        )
+
+    def _warm_up(self) -> None:
+        sender = self.sender
+        assert sender is not None
+        count = self.experiment.warmup.requests
+        if not count:
+            return
+        log.info("warming up with %d requests (not counted; the first may wait for the server to compile)", count)
+
+        def one(user: int) -> Record:
+            connection = Connection(sender.endpoint)
+            origin = Origin(zero_ns=sender.zero_ns, user=user, keep_text=self.experiment.output_text)
+            record = send(connection, next(sender.plans), origin, "warmup")
+            connection.close()
+            self.keep(encode_record(record))
+            return record
+
+        greenlets = [gevent.spawn(one, -1 - index) for index in range(count)]
+        try:
+            gevent.joinall(greenlets, raise_error=True)
+        finally:
+            gevent.killall(greenlets)
+        records = [greenlet.value for greenlet in greenlets]
+        failed = [record for record in records if record.status != "ok"]
+        if failed:
+            self.note(f"{len(failed)} of {count} warm-up requests failed; the first: {failed[0].error_message}")
+        elif self.experiment.target.server == "vllm" and not any(record.server for record in records):
+            self.note(
+                "vLLM sends no timings with its answers; start it with --enable-per-request-metrics (0.26 or newer) "
+                "to have the server's clock for each request"
+            )
+
+    # while it runs
+
+    def keep(self, lines: bytes) -> None:
+        """Append to requests.jsonl; when that fails the run is over, since nothing it measured could be shown."""
+        assert self.folder is not None
+        try:
+            self.folder.append(lines)
+        except TwoclocksError as error:
+            if self.broken is None:
+                self.broken = str(error)
+                log.error("%s; stopping", error)  # noqa: TRY400  one line for the user, no traceback
+                gevent.spawn(self._stop_or_quit)
+
+    def note(self, text: str) -> None:
+        """Something the user should know, now and in the report."""
+        log.warning(text)
+        assert self.folder is not None
+        self.folder.write_meta(notes=[*self.folder.meta["notes"], text])
+
+    def _now(self) -> float:
+        return (time.monotonic_ns() - self.zero_ns) / 1e9
+
+    def _time_is_up(self) -> None:
+        self.time_is_up = True
+        log.info("time is up; running streams may go on for load.drain_s = %g s", self.experiment.load.drain_s)
+        gevent.spawn(self._stop_or_quit)  # not from the timer itself, which stopping ends
+
+    def _stop_or_quit(self) -> None:
+        if self.options.headless:
+            self.runner.quit()
+        else:
+            self.runner.stop()
+
+    def welcome(self, client_id: str) -> None:
+        """Tell a worker what to send; also one that comes late."""
+        if self.folder is None or client_id in self.shares:
+            return
+        self.shares[client_id] = len(self.shares)
+        data = {
+            "run": self.folder.path.name,
+            "experiment": msgspec.json.encode(self.experiment),
+            "model": self.model,
+            "zero_ns": self.zero_ns,
+            "hostname": socket.gethostname(),
+            "share": self.shares[client_id],
+            "shares": max(1, len(self.runner.clients.all)),
+        }
+        self.runner.send_message("twoclocks_run", data, client_id)
+
+    def on_lines(self, msg: Any, **_: Any) -> None:
+        """Finished lines of a worker."""
+        if self.folder is None or msg.data["run"] != self.folder.path.name:
+            return
+        lines: bytes = msg.data["lines"]
+        self.received[msg.node_id] = self.received.get(msg.node_id, 0) + lines.count(b"\n")
+        self.keep(lines)
+
+    def on_done(self, msg: Any, **_: Any) -> None:
+        """A worker has drained, and says how many lines it sent."""
+        if self.folder is not None and msg.data["run"] == self.folder.path.name:
+            self.sent[msg.node_id] = msg.data["lines"]
+
+    # end
+
+    def stopping(self) -> None:
+        """The window ends here; what still streams may go on until it is drained."""
+        if self.folder is None:
+            return
+        if self.timer is not None:
+            self.timer.kill(block=False)
+        if self.sender is not None:
+            self.sender.stopping = True
+        if self.folder.meta["window"]["ended_at"] is None:
+            self.folder.write_meta(window=self.folder.meta["window"] | {"ended_at": self._now()})
+
+    def end(self) -> None:
+        """Collect the last lines, close the folder, build the report, set the exit code."""
+        folder = self.folder
+        if folder is None:
+            return
+        if isinstance(self.runner, MasterRunner):
+            self._await_workers()
+        if self.collectors is not None:
+            self.collectors.stop()
+        folder.write_meta(
+            status="finished" if self.time_is_up else "interrupted",
+            ended_at=self._now(),
+            in_flight=0,
+            lost_records=sum(self.sent.values()) - sum(self.received.get(worker, 0) for worker in self.sent),
+        )
+        folder.close()
+        self.folder, self.sender, self.collectors = None, None, None
+        self.ended.append(folder.path)
+        if self.broken is not None:
+            self.environment.process_exit_code = 4
+        if not self.options.no_report:
+            self._report(folder.path)
+
+    def _await_workers(self) -> None:
+        assert self.folder is not None
+        workers = set(self.shares) & {client.id for client in self.runner.clients.all}
+        for client_id in workers:
+            self.runner.send_message("twoclocks_stop", {"run": self.folder.path.name}, client_id)
+        deadline = time.monotonic() + self.experiment.load.drain_s + WORKER_GRACE_S
+        while not workers <= set(self.sent) and time.monotonic() < deadline:
+            gevent.sleep(0.05)
+        missing = set(self.shares) - set(self.sent)
+        if missing:
+            self.note(f"{len(missing)} of {len(self.shares)} workers ended without their last lines: {sorted(missing)}")
+
+    def _report(self, path: Path) -> None:
+        """In a process of its own, so that the load generator never imports what draws."""
+        log.info("building the report of %s", path)
+        process = subprocess.run([sys.executable, "-m", "twoclocks", "report", str(path)], check=False)
+        if process.returncode and self.environment.process_exit_code in (None, 0):
+            self.environment.process_exit_code = process.returncode
+
+    def quitting(self) -> None:
+        """On Ctrl-C and SIGTERM Locust fixes the exit code before it stops the users, so they are stopped here."""
+        # to workers we speak ourselves: after Locust's own stop message they are deaf for as long as the drain may last
+        stop = partial(self.runner.stop, False) if isinstance(self.runner, MasterRunner) else self.runner.stop
+        try:
+            stop()
+        except KeyboardInterrupt:
+            sys.stderr.write("twoclocks: cutting the running streams off\n")
+            self.environment.stop_timeout = 0
+            stop()
+
+    def say_where(self) -> None:
+        """The last line of a headless run."""
+        if self.options.headless and self.ended:
+            sys.stdout.write(f"run folder: {self.ended[-1]}\n")
+            sys.stdout.flush()
+
+
+def apply_options(experiment: Experiment, options: Namespace) -> Experiment:
+    """The experiment with Locust's -H, -u, -r, -t and --stop-timeout in their places. Raises ExperimentError."""
+    changes: dict[str, Any] = {}
+    if options.host:
+        changes["target.url"] = options.host
+    if options.num_users is not None:
+        changes["load.users"] = options.num_users
+    if options.spawn_rate is not None:
+        changes["load.ramp_s"] = (options.num_users or experiment.load.users) / options.spawn_rate
+        if changes["load.ramp_s"] <= 1:
+            changes["load.ramp_s"] = 0  # all of them in Locust's first step
+    if options.run_time:
+        changes["load.duration_s"] = options.run_time
+    if float(options.stop_timeout or 0):
+        changes["load.drain_s"] = float(options.stop_timeout)
+    for key, value in changes.items():
+        experiment = experiments.replace(experiment, key, value)
+    return experiment
+
+
+def _differences(before: Experiment, after: Experiment) -> dict[str, Any]:
+    """Dotted keys whose value changed, with the new value."""
+    old, new = _flat(msgspec.to_builtins(before)), _flat(msgspec.to_builtins(after))
+    return {key: value for key, value in new.items() if old.get(key) != value and "headers" not in key}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _split(overrides: list[str]) -> Iterator[tuple[str, str]]:
+    for override in overrides:
+        key, _, value = override.partition("=")
+        yield key, "***" if "headers" in key else value

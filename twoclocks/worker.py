@@ -1,0 +1,83 @@
+"""A worker's side of a run: its finished lines go to the master in small batches."""
+
+import itertools
+import logging
+import socket
+from pathlib import Path
+from typing import Any
+
+import gevent
+import msgspec
+from locust.env import Environment
+
+from twoclocks.client import make_endpoint
+from twoclocks.experiment import Experiment
+from twoclocks.user import Sender, StreamingUser
+from twoclocks.workload import load_prompts, plans
+
+FLUSH_S = 0.5  # a killed worker loses at most this much of its finished requests
+
+log = logging.getLogger("twoclocks")
+
+
+class WorkerSide:
+    """Sends the finished lines of this worker to the master, in small batches."""
+
+    def __init__(self, environment: Environment, runner: Any) -> None:
+        self.environment, self.runner = environment, runner
+        self.run: str | None = None
+        self.lines: list[bytes] = []
+        self.count = 0
+        runner.register_message("twoclocks_run", self.on_run)
+        runner.register_message("twoclocks_stop", self.on_stop, concurrent=True)
+        environment.events.test_stopping.add_listener(lambda **_: self.stopping())
+        environment.events.test_stop.add_listener(lambda **_: self.done())
+        gevent.spawn(self._flush_for_ever)
+
+    def on_run(self, msg: Any, **_: Any) -> None:
+        """What the master says before it spawns users here."""
+        data = msg.data
+        experiment = msgspec.json.decode(data["experiment"], type=Experiment)
+        if data["hostname"] != socket.gethostname():
+            log.warning("worker on another host than the master: its times use this host's clock zero, unsynchronised")
+        prompts = load_prompts(Path(experiment.workload.requests), experiment.target.api)
+        self.run, self.lines, self.count = data["run"], [], 0
+        StreamingUser.sender = Sender(
+            experiment=experiment,
+            endpoint=make_endpoint(experiment.target, experiment.timeouts),
+            zero_ns=data["zero_ns"],
+            worker=data["share"],
+            plans=plans(experiment, prompts, data["model"], share=data["share"], shares=data["shares"]),
+            sink=self.lines.append,
+            numbers=itertools.count(data["share"], data["shares"]),
+        )
+
+    def on_stop(self, msg: Any, **_: Any) -> None:
+        """The master ends the run and waits for our last lines."""
+        if msg.data["run"] == self.run:
+            self.runner.stop()
+            self.done()
+
+    def stopping(self) -> None:
+        """What is sent from now on is outside the window."""
+        if self.run is not None:
+            StreamingUser.sender.stopping = True
+
+    def done(self) -> None:
+        """All users have ended: send what is left, and how much it was in all."""
+        if self.run is not None:
+            self.flush()
+            self.runner.send_message("twoclocks_done", {"run": self.run, "lines": self.count})
+
+    def flush(self) -> None:
+        """Send the lines that have come since the last time."""
+        if self.lines:
+            lines = b"".join(self.lines)
+            self.count += len(self.lines)
+            self.lines.clear()
+            self.runner.send_message("twoclocks_lines", {"run": self.run, "lines": lines})
+
+    def _flush_for_ever(self) -> None:
+        while True:
+            gevent.sleep(FLUSH_S)
+            self.flush()
