@@ -1,4 +1,4 @@
-"""A scriptable server on a loopback port: each answer is a list of steps, so that a test says byte by byte what is sent.
+"""A scriptable server on a loopback port: each answer is a list of steps, so that a test says what is sent when.
 
 Steps: bytes are sent in one write; a number is a pause in seconds; CLOSE ends the connection, RESET ends it with a TCP
 reset, HANG keeps it open and silent until the test is over.

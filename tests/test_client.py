@@ -257,7 +257,7 @@ def test_every_form_of_the_same_answer_reads_the_same(name, steps):
     record = answered(*steps)
 
     assert (record.status, record.error_kind, record.output_text) == ("ok", None, "日本🙂")
-    assert [kind for kind in expand(record.chunk_kinds)] == ["content", "finish"]
+    assert list(expand(record.chunk_kinds)) == ["content", "finish"]
 
 
 def test_line_separators_inside_a_token_do_not_split_it():

@@ -10,9 +10,9 @@ import pytest
 from fake_server import HANG, FakeServer, response
 
 from twoclocks.collect import Collectors, Job, LogTail, Scraper, parse_page
-from twoclocks.target import metrics_urls, resolve
 from twoclocks.errors import TargetError
 from twoclocks.experiment import Target
+from twoclocks.target import metrics_urls, resolve
 
 
 def job(folder, **changes):

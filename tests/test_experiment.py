@@ -28,7 +28,8 @@ def test_an_empty_file_is_the_defaults(load):
 
 
 def test_overrides_and_variables(load):
-    text = "load: {users: 3}\ntarget: {url: '${URL:-http://a:1}', extra_body: {stop: '${STOP}'}}\nworkload: {max_tokens: '${MAX}'}"
+    target = "target: {url: '${URL:-http://a:1}', extra_body: {stop: '${STOP}'}}"
+    text = f"load: {{users: 3}}\n{target}\nworkload: {{max_tokens: '${{MAX}}'}}"
     experiment = load(text, "load.users=10", "target.extra_body.temperature=0", STOP="x ${y}", MAX="7")
 
     assert experiment.load.users == 10

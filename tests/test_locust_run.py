@@ -1,5 +1,6 @@
 """`locust -f load_test.py` as a user types it, against the scriptable server."""
 
+import itertools
 import json
 import re
 import signal
@@ -77,7 +78,7 @@ def test_no_user_sends_before_its_last_answer_has_ended(tmp_path):
         mine = sorted((r.sent_at, r.ended_at) for r in records if r.user == user and r.phase == "measure")
 
         assert len(mine) > 3
-        assert all(ended <= sent for (_, ended), (sent, _) in zip(mine, mine[1:], strict=False))
+        assert all(ended <= sent for (_, ended), (sent, _) in itertools.pairwise(mine))
 
 
 def test_workers_lines_are_merged_without_loss(tmp_path):
@@ -214,7 +215,7 @@ def test_a_bad_experiment_is_one_line_and_exit_code_2(tmp_path, words_, message)
     code, output = run(tmp_path, *words_)
 
     assert code == 2
-    assert [line for line in output.splitlines() if line.startswith("twoclocks: ")][0].count(message) == 1
+    assert next(line for line in output.splitlines() if line.startswith("twoclocks: ")).count(message) == 1
     assert "Traceback" not in output
 
 
@@ -222,7 +223,7 @@ def test_no_secret_enters_the_run_folder_or_the_output(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-1")
     with FakeServer(lambda body: plain_answer()) as server:
         header = "target.headers={X-Other: secret-2}"
-        code, output = run(tmp_path, "-H", server.url, "-t", "1", "--set", header, "--no-report")
+        _code, output = run(tmp_path, "-H", server.url, "-t", "1", "--set", header, "--no-report")
         sent = server.requests[-1][0]
     texts = [path.read_text() for path in only_run(tmp_path).iterdir()]
 

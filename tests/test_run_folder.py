@@ -8,7 +8,7 @@ from twoclocks.experiment import Experiment
 from twoclocks.record import Record, encode_record, read_records
 from twoclocks.run_folder import RunFolder, first_meta
 
-NOW = datetime(2026, 1, 2, 3, 4, 5)  # noqa: DTZ001
+NOW = datetime(2026, 1, 2, 3, 4, 5)
 RECORD = Record(
     request_id="a", target="t", prompt_id="p", user=0, worker=0, phase="measure", intended_at=0, ended_at=1, status="ok"
 )

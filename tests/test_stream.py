@@ -1,6 +1,7 @@
 """sse, http1 and dialect: from bytes to meaning, under any split of the bytes."""
 
 import ast
+import itertools
 import json
 from pathlib import Path
 
@@ -20,7 +21,7 @@ ROLE = delta(role="assistant", content="")
 
 def split_at(data: bytes, cuts) -> list[bytes]:
     marks = [0, *sorted({cut % (len(data) + 1) for cut in cuts}), len(data)]
-    return [data[start:end] for start, end in zip(marks, marks[1:], strict=False)]
+    return [data[start:end] for start, end in itertools.pairwise(marks)]
 
 
 def decode(pieces) -> list[bytes]:
@@ -81,7 +82,8 @@ def test_comments_for_ever_are_no_endless_event():
 # HTTP
 
 RESPONSE = (
-    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"HTTP/1.1 100 Continue\r\n\r\n"
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
     + b"5;ext=1\r\nhello\r\n"
     + chunked(b" world" * 50)
     + b"0\r\nX-Trailer: 1\r\n\r\n"
