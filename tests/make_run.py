@@ -1,7 +1,7 @@
-"""Small synthetic run folders for tests of the analysis: records and scrapes of an invented server, written as a run would.
+"""Small synthetic run folders for tests of the analysis: records and scrapes of an invented server, as a run has them.
 
-Everything is invented from a seed; nothing here was measured. The invented server's own times are returned, so that tests
-compare what the analysis says with what was planted.
+Everything is invented from a seed; nothing here was measured. The invented server's own times are returned, so that
+tests compare what the analysis says with what was planted.
 """
 
 import json
@@ -52,12 +52,21 @@ def write_folder(folder: Path, records: list[Record], **meta: object) -> Path:
     """A run folder with these records and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "requests.jsonl").write_bytes(b"".join(map(encode_record, records)))
-    (folder / "run.json").write_text(json.dumps({"status": "finished", "window": {"started_at": 0.0, "ended_at": 10.0}} | meta))
+    (folder / "run.json").write_text(
+        json.dumps({"status": "finished", "window": {"started_at": 0.0, "ended_at": 10.0}} | meta)
+    )
     return folder
 
 
 def make_run(
-    folder: Path, *, seed: int = 1, requests: int = 60, users: int = 6, server: str = "vllm", slow: float = 1.0, failures: int = 0
+    folder: Path,
+    *,
+    seed: int = 1,
+    requests: int = 60,
+    users: int = 6,
+    server: str = "vllm",
+    slow: float = 1.0,
+    failures: int = 0,
 ) -> Planted:
     """A run of ``requests`` measured requests, two to warm up and ``failures`` refused ones.
 
@@ -76,8 +85,10 @@ def make_run(
             free_at[user] = made.ended_at + 0.01
         _plant(planted, made, rng)
         log.append(
-            f"Request {made.request_id} finished: prefill_len = {made.prompt_tokens} decode_len = {made.output_tokens} "
-            f"start_time = {planted.queue[-1]} end_time = {planted.queue[-1] + planted.prefill[-1] + planted.decode[-1]}"
+            f"Request {made.request_id} finished: "
+            f"prefill_len = {made.prompt_tokens} decode_len = {made.output_tokens} "
+            f"start_time = {planted.queue[-1]} "
+            f"end_time = {planted.queue[-1] + planted.prefill[-1] + planted.decode[-1]}"
         )
     if server == "silent":
         records = [_without_server(made) for made in records]
@@ -103,7 +114,14 @@ def make_run(
         ended_at=end + 1,
         started_at_unix=1_790_000_000.0,
         twoclocks_version="0.1.0",
-        target={"name": server, "url": "http://127.0.0.1:1", "server": server, "api": "chat", "model": "tiny", "server_version": "0"},
+        target={
+            "name": server,
+            "url": "http://127.0.0.1:1",
+            "server": server,
+            "api": "chat",
+            "model": "tiny",
+            "server_version": "0",
+        },
         host={"hostname": "nowhere", "cpu_count": 2, "platform": "invented", "python": "3.11"},
         command_line=["locust", "-f", "load_test.py"],
         in_flight=0,
@@ -160,7 +178,7 @@ def _request(rng, number: int, user: int, sent_at: float, warmup: bool, server: 
         chunk_tokens=[0, *counts, 0],
         prompt_tokens=int(rng.integers(10, 200)),
         output_tokens=tokens,
-        token_source="usage",
+        token_source="usage",  # noqa: S106
         finish_reason="length",
         http_status=200,
         server={
@@ -200,7 +218,13 @@ def _scrapes(planted: Planted, end: float) -> list[str]:
     for number, at in enumerate([0.0, 1.75, *np.arange(2.0, end + 1.5, 1.0)]):
         now = {json.dumps(sample[:2]): sample for sample in _samples(planted, float(at))}
         changed = [sample for key, sample in now.items() if before.get(key) != sample]
-        line = {"url": "http://127.0.0.1:1/metrics", "at": float(at), "until": float(at) + 0.004, "samples": changed, "error": None}
+        line = {
+            "url": "http://127.0.0.1:1/metrics",
+            "at": float(at),
+            "until": float(at) + 0.004,
+            "samples": changed,
+            "error": None,
+        }
         if number == 0:
             line["types"] = {"vllm:generation_tokens": "counter", "vllm:num_requests_running": "gauge"}
         lines.append(json.dumps(line) + "\n")

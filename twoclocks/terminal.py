@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -20,7 +21,7 @@ LABELS = {
     "tpot": "Time per output token (TPOT)",
     "e2e": "Request duration (E2E)",
 }
-SHORT = {"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "E2E", "queue": "queue", "prefill": "prefill", "decode": "decode"}
+SHORT = {"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "E2E"} | {n: n for n in ("queue", "prefill", "decode")}
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -52,7 +53,7 @@ def bucket(interval: dict[str, float | None] | None) -> str:
         return f"> {number(lower, 's')}"
     if estimate is None:
         return f"< {number(upper, 's')}"
-    return f"{(lower or 0) * 1e3:g} .. {upper * 1e3:g} (~{number(estimate, 's')})"
+    return f"{(lower or 0) * 1e3:g} .. {upper * 1e3:g} (~{estimate * 1e3:,.3g})"
 
 
 def plain(text: object) -> str:
@@ -69,7 +70,7 @@ def render(summary: dict[str, Any]) -> RenderableType:
     if summary["client_vs_server"]:
         parts.append(_client_vs_server(summary["client_vs_server"]))
     if summary["server_window"]:
-        parts.append(_server_window(summary["server_window"]))
+        parts.append(_server_window(summary["server_window"], summary["scraped"]))
     parts += [_bullets("Checks", _check_lines(summary["checks"]))]
     if summary["notes"]:
         parts.append(_bullets("Notes", (Text(plain(note)) for note in summary["notes"])))
@@ -78,10 +79,10 @@ def render(summary: dict[str, Any]) -> RenderableType:
 
 def to_text(renderable: RenderableType) -> str:
     """What `render` made, as plain text of fixed width."""
-    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False)
+    file = io.StringIO()
+    console = Console(file=file, width=WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
     console.print(renderable)
-    assert isinstance(console.file, io.StringIO)  # noqa: S101  (for the type checker)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 
 
 def _totals(summary: dict[str, Any]) -> Table:
@@ -95,15 +96,20 @@ def _totals(summary: dict[str, Any]) -> Table:
     table.add_row("Test duration", f"{figures['duration']['value'] or 0:,.2f} s")
     table.add_row("Total requests", number(figures["requests"]["value"], "requests") + _warmup(figures))
     table.add_row("Ok", number(figures["ok"]["value"], "requests"))
-    failed = sum(row["count"] for row in summary["errors"])
-    table.add_row("Failed or cut off", Text(str(failed) + (": " if failed else "") + ", ".join(map(_error, summary["errors"]))))
+    failed = str(sum(row["count"] for row in summary["errors"]))
+    table.add_row(
+        "Failed or cut off", Text(": ".join(filter(None, [failed, ", ".join(map(_error, summary["errors"]))])))
+    )
     table.add_row("Requests/s", number(figures["request_throughput"]["value"], "requests/s"))
     table.add_row("Output tokens/s", number(figures["output_throughput"]["value"], "tokens/s"))
     table.add_row("Output tokens", number(figures["output_tokens"]["value"], "tokens"))
     table.add_row("Prompt tokens", number(figures["prompt_tokens"]["value"], "tokens"))
     if "goodput" in figures:
-        share = number(figures["goodput_share"]["value"], "share")
-        table.add_row("Goodput (requests/s)", f"{number(figures['goodput']['value'], 'requests/s')} ({share} of the requests)")
+        rate, share = (
+            number(figures["goodput"]["value"], "requests/s"),
+            number(figures["goodput_share"]["value"], "share"),
+        )
+        table.add_row("Goodput (requests/s)", f"{rate} ({share} of the requests)")
     return table
 
 
@@ -117,7 +123,9 @@ def _error(row: dict[str, Any]) -> str:
 
 
 def _latencies(summary: dict[str, Any]) -> Table:
-    table = Table(title="As the client saw it", title_style="bold", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title="As the client saw it", title_style="bold", title_justify="left", box=None, padding=(0, 2, 0, 0)
+    )
     table.add_column("", min_width=36)
     for heading in ("unit", "n", "mean", "p50", "p95", "p99"):
         table.add_column(heading, justify="left" if heading == "unit" else "right")
@@ -138,19 +146,25 @@ def _client_vs_server(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         told = "" if row["statistic"] == "p50" else row["what_differs"]
         values = [number(row[key], "s") for key in ("client", "server", "difference")]
-        table.add_row(
-            f"{SHORT[row['metric']]} {row['statistic']}", f"{row['n']:,}", *values, told, end_section=row["statistic"] == "p50"
-        )
+        name, last = f"{SHORT[row['metric']]} {row['statistic']}", row["statistic"] == "p50"
+        table.add_row(name, f"{row['n']:,}", *values, told, end_section=last)
     return table
 
 
-def _server_window(rows: list[dict[str, Any]]) -> RenderableType:
+def scraped_span(scraped: dict[str, Any]) -> str:
+    """What the server's counters cover, in words."""
+    warmup = f", {scraped['warmup']} of them to warm up" if scraped["warmup"] else ", none of them to warm up"
+    span = f"second {scraped['from']:.1f} to {scraped['until']:.1f} of the run"
+    return f"Both sides: {span}, in which the tool sent {scraped['requests']:,} requests{warmup}."
+
+
+def _server_window(rows: list[dict[str, Any]], scraped: dict[str, Any]) -> RenderableType:
     title = "Means over the scraped window: the server's /metrics (all that it answered) beside the tool's, in ms"
-    table = Table(title=title, title_style="bold", title_justify="left", show_edge=False, pad_edge=False)
+    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric", no_wrap=True)
     for heading in ("n", "tool", "n", "server", "difference"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for p in (50, 95, 99):
+    for p in (50, 99):
         table.add_column(f"server p{p}", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -160,9 +174,9 @@ def _server_window(rows: list[dict[str, Any]]) -> RenderableType:
             f"{row['server_n']:,}",
             number(row["server_mean"], "s"),
             number(row["difference"], "s"),
-            *(bucket(row[f"server_p{p}"]) for p in (50, 95, 99)),
+            *(bucket(row[f"server_p{p}"]) for p in (50, 99)),
         )
-    remarks = ["Percentiles are read from buckets: lower .. upper bound (~estimate)."]
+    remarks = [scraped_span(scraped), "Percentiles are read from buckets: lower .. upper bound (~estimate)."]
     if any(row["client_n"] and row["difference"] is None for row in rows):
         remarks.append("No difference where the two sides do not have the same number of observations.")
     clocks = (Text.assemble((f"{SHORT[row['metric']]}: ", "bold"), row["server_definition"], ".") for row in rows)

@@ -1,0 +1,75 @@
+import subprocess
+import sys
+
+import pytest
+from make_run import make_run
+
+from twoclocks import cli
+from twoclocks.errors import RunFolderError
+
+
+def test_report_ends_with_where_to_look(tmp_path, capsys):
+    make_run(tmp_path / "r", requests=10)
+
+    assert cli.main(["report", str(tmp_path / "r")]) == 0
+
+    out, err = capsys.readouterr()
+    assert "Load test results" in out
+    assert out.splitlines()[-2:] == [
+        f"report: {tmp_path / 'r' / 'report.html'}",
+        f"violin: {tmp_path / 'r' / 'plots' / 'client_vs_server_violin.png'}",
+    ]
+    assert "drawing the plots" in err
+
+
+def test_compare_prints_its_place(tmp_path, capsys):
+    make_run(tmp_path / "a", requests=10)
+    make_run(tmp_path / "b", requests=10, seed=2)
+
+    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "c")]) == 0
+
+    assert f"comparison: {tmp_path / 'c' / 'report.html'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["report", "nowhere"], ["compare", "nowhere"], ["compare", "nowhere", "either"]])
+def test_an_error_is_one_line_and_exit_code_2(arguments, capsys):
+    assert cli.main(arguments) == 2
+
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith("...")]
+    assert len(lines) == 1
+    assert lines[0].startswith("twoclocks: ")
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(RunFolderError):
+        cli.main(["report", "nowhere", "--debug"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["report"], ["no-such-command"]])
+def test_bad_usage_is_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(arguments)
+
+    assert raised.value.code == 2
+    assert "usage: twoclocks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+
+    assert f"Example: twoclocks {command}" in capsys.readouterr().out
+
+
+def test_version_through_python_m():
+    done = subprocess.run([sys.executable, "-m", "twoclocks", "--version"], capture_output=True, text=True, check=True)
+
+    assert done.stdout.startswith("twoclocks ")
+
+
+def test_help_loads_nothing_heavy():
+    heavy = ("pandas", "numpy", "matplotlib", "rich")
+    code = f"import sys, twoclocks.cli as c; c._parser(); print([name for name in {heavy!r} if name in sys.modules])"
+
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,34 @@
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from make_run import make_run
+from nbclient import NotebookClient
+
+NOTEBOOK = Path(__file__).parent.parent / "analysis" / "compare.ipynb"
+
+
+@pytest.mark.filterwarnings("default")  # the notebook's machinery warns of its own libraries
+@pytest.mark.parametrize("servers", [["vllm"], ["vllm", "transformers", "silent"]])
+def test_the_notebook_runs_on_run_folders(tmp_path, monkeypatch, servers):
+    for server in servers:
+        make_run(tmp_path / server, server=server, requests=20)
+    monkeypatch.setenv("TWOCLOCKS_RUNS", os.pathsep.join(str(tmp_path / server) for server in servers))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+
+    NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 1 + len(servers)  # the violins, and a timeline a run
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert ("Medians, in ms" if len(servers) > 1 else "Load test results") in printed
+
+
+def test_the_notebook_is_kept_without_outputs():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+
+    assert all(not cell.outputs for cell in notebook.cells if cell.cell_type == "code")

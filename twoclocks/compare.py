@@ -1,0 +1,177 @@
+"""Compare: run folders -> one report with all of them side by side, their differences, and how sure these are."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twoclocks import __version__, terminal
+from twoclocks.errors import RunFolderError, TwoclocksError
+from twoclocks.load import Run, load_run
+from twoclocks.metrics import Floats
+from twoclocks.plots import violins
+from twoclocks.report import VIOLIN, Report, page, picture, write_json
+from twoclocks.summary import distribution, summarise
+
+ROWS: dict[str, tuple[str, str]] = {
+    "ttft": ("TTFT, client", "client"),
+    "server_ttft": ("TTFT, server (per request)", "server"),
+    "tpot": ("TPOT, client", "client"),
+    "server_tpot": ("TPOT, server (per request)", "server"),
+    "itl_mean": ("mean ITL of a request, client", "client"),
+    "e2e": ("E2E, client", "client"),
+    "server_e2e": ("E2E, server (per request)", "server"),
+}
+TOTALS = {
+    "requests": "Requests",
+    "ok": "Ok",
+    "failed": "Failed",
+    "cancelled": "Cut off at the end",
+    "duration": "Test duration",
+    "request_throughput": "Requests/s",
+    "output_throughput": "Output tokens/s",
+}
+RESAMPLES, SEED, LEAST = 2000, 1, 5
+INTERVAL = (
+    f"Difference of p50: this run's median - the first run's. Interval: the middle 95 % of {RESAMPLES} bootstrap "
+    f"resamples of the requests of both runs (seed {SEED}); it tells how far chance among these requests reaches, not "
+    f"what another day would bring. Not given below {LEAST} requests."
+)
+_SAME_WORK = ("workload.", "load.", "warmup.", "target.api")
+_NOT_COMPARED = ("name", "output", "labels")
+
+
+def compare(
+    folders: Sequence[str | Path], out: Path | None = None, progress: Callable[[str], None] = lambda _: None
+) -> Report:
+    """The comparison of two or more runs, written to ``out`` or to compare-A-vs-B beside the first.
+
+    Raises TwoclocksError for fewer than two runs, RunFolderError for a folder that is none.
+    """
+    if len(folders) < 2:
+        raise TwoclocksError("a comparison needs two run folders or more, such as: twoclocks compare output/A output/B")
+    runs = []
+    for folder in folders:
+        progress(f"reading {folder}")
+        runs.append(load_run(folder))
+    out = out or runs[0].path.resolve().parent / ("compare-" + "-vs-".join(run.name for run in runs))
+    progress("computing the differences")
+    summary = differences(runs)
+    title = " vs ".join(run.name for run in runs)
+    try:
+        (out / "plots").mkdir(parents=True, exist_ok=True)
+        write_json(out / "summary.json", summary)
+        progress("drawing the violins")
+        violins(runs, out / VIOLIN, title)
+        html = out / "report.html"
+        values = {"summary": summary, "title": title, "violin": picture(out / VIOLIN), "totals": TOTALS}
+        html.write_text(page("compare.html", **values), encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(f"{error.filename or out}: cannot be written: {error.strerror}") from None
+    return Report(summary, html, out / VIOLIN)
+
+
+def differences(runs: Sequence[Run]) -> dict[str, Any]:
+    """Every figure of a comparison; the keys are those of its summary.json. Seconds."""
+    differing = settings_differ(runs)
+    return {
+        "twoclocks_version": __version__,
+        "runs": [summarise(run) for run in runs],
+        "interval_definition": INTERVAL,
+        "rows": [row for metric in ROWS for row in _rows(runs, metric)],
+        "settings_differ": differing,
+        "load_differs": [row["key"] for row in differing if row["key"].startswith(_SAME_WORK)],
+    }
+
+
+def settings_differ(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The settings, versions and hosts that are not the same in all runs."""
+    told = ("host", "versions", "target")
+    flat = [_flat(run.experiment) | _flat({key: run.meta.get(key) for key in told}) for run in runs]
+    rows = []
+    for key in dict.fromkeys(key for one in flat for key in one):
+        values = [one.get(key, "(not set)") for one in flat]
+        if any(value != values[0] for value in values) and key.split(".")[0] not in _NOT_COMPARED:
+            rows.append({"key": key, "values_shown": [str(value) for value in values]})
+    return rows
+
+
+def median_difference(
+    first: Floats, other: Floats, resamples: int = RESAMPLES, seed: int = SEED
+) -> tuple[float, float, float]:
+    """(median(other) - median(first), low, high): percentile bootstrap, 95 %, each sample resampled by itself."""
+    rng = np.random.default_rng(seed)
+    drawn = _resampled_medians(other, resamples, rng) - _resampled_medians(first, resamples, rng)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return float(np.median(other) - np.median(first)), float(low), float(high)
+
+
+def text(summary: dict[str, Any]) -> str:
+    """The comparison as the terminal shows it."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Medians, in ms", title_style="bold", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("metric", no_wrap=True)
+    table.add_column("run", overflow="fold")
+    for heading in ("n", "mean", "p50", "p99", "difference of p50", "95 % interval"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in summary["rows"]:
+        low, high = (terminal.number(row[key], "s") for key in ("low", "high"))
+        values = [terminal.number(row[key], "s") for key in ("mean", "p50", "p99", "difference")]
+        values.append("–" if row["low"] is None else f"{low} .. {high}")
+        table.add_row(row["label"] if row["first"] else "", Text(terminal.plain(row["run"])), f"{row['n']:,}", *values)
+    lines = [Text(f"{run['run']}: {run['partial']}", style="bold yellow") for run in summary["runs"] if run["partial"]]
+    if summary["load_differs"]:
+        keys = ", ".join(summary["load_differs"])
+        lines.append(Text(f"The runs did not do the same work: {keys} differ.", style="bold"))
+    return terminal.to_text(Group(table, *lines))
+
+
+def _rows(runs: Sequence[Run], metric: str) -> list[dict[str, Any]]:
+    label, side = ROWS[metric]
+    values = [run.ok[metric].dropna().to_numpy(dtype=np.float64) for run in runs]
+    if not any(len(one) for one in values):
+        return []
+    rows: list[dict[str, Any]] = []
+    for number, (run, of_run) in enumerate(zip(runs, values, strict=True)):
+        row: dict[str, Any] = {
+            "metric": metric,
+            "label": label,
+            "side": side,
+            "run": run.name,
+            "first": number == 0,
+            "unit": "s",
+        }
+        row |= dict.fromkeys(("mean", "p50", "p95", "p99", "difference", "low", "high", "verdict"))
+        row |= distribution(of_run)
+        if number and len(of_run) and len(values[0]):
+            row["difference"] = float(np.median(of_run) - np.median(values[0]))
+            if min(len(of_run), len(values[0])) >= LEAST:
+                _, low, high = median_difference(values[0], of_run)
+                verdict = "within chance" if low <= 0 <= high else "slower" if low > 0 else "faster"
+                row |= {"low": low, "high": high, "verdict": verdict}
+        rows.append(row)
+    return rows
+
+
+def _resampled_medians(values: Floats, resamples: int, rng: np.random.Generator) -> Floats:
+    """Medians of resamples with replacement, in batches so that a long run needs no more memory than a short one."""
+    batch = max(1, 2_000_000 // len(values))
+    drawn = [
+        np.median(values[rng.integers(0, len(values), (min(batch, resamples - done), len(values)))], axis=1)
+        for done in range(0, resamples, batch)
+    ]
+    return np.concatenate(drawn)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"load": {"users": 8}} -> {"load.users": 8}."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

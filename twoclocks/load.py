@@ -1,0 +1,276 @@
+"""Load: a run folder -> Run, with its requests, chunks and server samples as DataFrames.
+
+The only reader of run folders. Knows nothing of HTTP or Locust; computes with metrics, joins with join.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import numpy as np
+import pandas as pd
+import yaml
+
+from twoclocks import metrics
+from twoclocks.errors import RunFolderError
+from twoclocks.expositions import Scrapes, label_text, quiet_scrape, read_scrapes
+from twoclocks.join import join
+from twoclocks.metrics import Chunks, Floats
+from twoclocks.record import TOKEN_KINDS, Kind, Record, read_records
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_FLOATS = (
+    "intended_at", "connect_started_at", "connected_at", "sent_at", "written_at", "first_byte_at", "ended_at",
+    "prompt_tokens", "output_tokens", "cached_tokens", "turn", "http_status",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. Times in its tables are seconds on the run's clock; NaN where unknown."""
+
+    path: Path
+    meta: dict[str, Any]  # run.json
+    experiment: dict[str, Any]  # experiment.yaml
+    requests: pd.DataFrame  # one row a request: the record's fields, the metrics, the server's timings
+    arrivals: Chunks  # the same chunks as ``chunks``, as arrays
+
+    @property
+    def name(self) -> str:
+        """The run folder's name."""
+        return self.path.resolve().name
+
+    @cached_property
+    def chunks(self) -> pd.DataFrame:
+        """One row a chunk: request_id, at, tokens, kind, choice."""
+        return pd.DataFrame(
+            {
+                "request_id": pd.Categorical.from_codes(
+                    self.arrivals.request, categories=pd.Index(_distinct(self.requests))
+                ),
+                "at": self.arrivals.at,
+                "tokens": self.arrivals.tokens,
+                "kind": pd.Categorical.from_codes(self.arrivals.kind, categories=pd.Index(KINDS)),
+                "choice": self.arrivals.choice,
+            }
+        )
+
+    @cached_property
+    def scrapes(self) -> list[Scrapes]:
+        """The scrapes of /metrics, an entry a URL."""
+        return read_scrapes(self.path / "server_samples.jsonl")
+
+    @cached_property
+    def server_samples(self) -> pd.DataFrame:
+        """One row a sample of every good scrape: at, series, labels, value, url. Unchanged values are filled in."""
+        parts = [_samples(scrapes) for scrapes in self.scrapes]
+        empty = pd.DataFrame({name: [] for name in ("at", "series", "labels", "value", "url")})
+        return pd.concat(parts, ignore_index=True) if parts else empty
+
+    @property
+    def partial(self) -> bool:
+        """Whether the run never came to its end."""
+        return bool(self.meta.get("status") != "finished")
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """Start and end of the measuring window; of a run that was killed, up to the last thing it recorded."""
+        window = self.meta.get("window") or {}
+        start, end = window.get("started_at"), window.get("ended_at")
+        measured = self.requests[self.requests["phase"] != "warmup"]
+        if start is None:
+            start = measured["sent_at"].min()
+        if end is None:
+            end = measured["ended_at"].max()
+        return float(start), float(end)
+
+    @cached_property
+    def measured(self) -> pd.DataFrame:
+        """The requests that count: no warm-up, and sent before the window's end (finished in the drain or not)."""
+        end = self.window[1]
+        rows = self.requests
+        return rows[(rows["phase"] != "warmup") & ~(rows["sent_at"] > end)]
+
+    @property
+    def ok(self) -> pd.DataFrame:
+        """The measured requests that ended ok: those whose latencies are summarised."""
+        return self.measured[self.measured["status"] == "ok"]
+
+    @cached_property
+    def first_scrapes(self) -> list[int]:
+        """For each URL, the row of the scrape from which its counters are read: the warm-up left out if it can be."""
+        sent_at, ended_at = self.requests["sent_at"].to_numpy(), self.requests["ended_at"].to_numpy()
+        return [quiet_scrape(scrapes, self.window[0], sent_at, ended_at) for scrapes in self.scrapes]
+
+    @property
+    def scraped(self) -> pd.DataFrame:
+        """The requests, of whatever phase, that were sent after the first scrapes: those the counters tell of."""
+        begun = [s.until[first] for s, first in zip(self.scrapes, self.first_scrapes, strict=True) if len(s.until)]
+        return self.requests[self.requests["sent_at"] > max(begun)] if begun else self.requests[:0]
+
+    @cached_property
+    def gaps(self) -> metrics.Gaps:
+        """Chunk gaps of the measured requests that ended ok."""
+        gaps = metrics.chunk_gaps(self.arrivals)
+        chosen = np.isin(gaps.request, self.ok.index.to_numpy())
+        return metrics.Gaps(gaps.request[chosen], gaps.seconds[chosen], gaps.tokens[chosen])
+
+
+def load_run(path: str | Path) -> Run:
+    """The run in a folder. Raises RunFolderError, in one line, for what is no run folder or cannot be read."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise RunFolderError(f"{folder}: no such run folder; give the folder that a run printed, such as output/NAME")
+    meta = _meta(folder)
+    records = _records(folder / "requests.jsonl")
+    arrivals = _arrivals(records, folder)
+    return Run(folder, meta, _experiment(folder), _requests(records, arrivals, folder / "server.log"), arrivals)
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunFolderError(f"{folder}: is no run folder, it has no run.json") from None
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(meta, dict):
+        raise RunFolderError(f"{path}: expected an object, found {type(meta).__name__}")
+    return meta
+
+
+def _experiment(folder: Path) -> dict[str, Any]:
+    path = folder / "experiment.yaml"
+    try:
+        experiment = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunFolderError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    return experiment if isinstance(experiment, dict) else {}
+
+
+def _records(path: Path) -> list[Record]:
+    """The records, or none for a run that was killed before its first request ended."""
+    records: list[Record] = []
+    try:
+        for record in read_records(path):
+            records.append(record)  # noqa: PERF402  (how many were read tells the line that broke)
+    except FileNotFoundError:
+        return []
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{path} line {len(records) + 1} is no record: {error}") from None
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read: {error.strerror}") from None
+    return records
+
+
+def _arrivals(records: Sequence[Record], folder: Path) -> Chunks:
+    counts = np.array([len(record.chunk_us) for record in records], dtype=np.int64)
+    for row, (record, count) in enumerate(zip(records, counts, strict=True), 1):
+        expected = {
+            "chunk_kinds": sum(run for _, run in record.chunk_kinds),
+            "chunk_choice": count if record.chunk_choice is None else sum(run for _, run in record.chunk_choice),
+            "chunk_tokens": count if record.chunk_tokens is None else len(record.chunk_tokens),
+        }
+        for name, length in expected.items():
+            if length != count:
+                raise RunFolderError(
+                    f"{folder / 'requests.jsonl'} line {row}: {name} tells of {length} chunks, chunk_us of {count}"
+                )
+    request = np.repeat(np.arange(len(records)), counts)
+    micros = np.fromiter(chain.from_iterable(r.chunk_us for r in records), dtype=np.int64, count=int(counts.sum()))
+    elapsed = np.cumsum(micros)
+    starts = np.cumsum(counts) - counts
+    before = np.concatenate([[0], elapsed])[starts]  # what had elapsed over all requests before this one's first chunk
+    sent_at = _floats([record.sent_at for record in records])
+    kind = _expand([run for record in records for run in record.chunk_kinds], {k: i for i, k in enumerate(KINDS)})
+    is_token = np.isin(kind, [KINDS.index(name) for name in TOKEN_KINDS])
+    tokens = is_token.astype(np.float64)
+    choice = np.zeros(len(kind), dtype=np.int16)
+    for record, start, count in zip(records, starts, counts, strict=True):
+        if record.chunk_tokens is not None:
+            tokens[start : start + count] = _floats(record.chunk_tokens)
+        if record.chunk_choice is not None:
+            choice[start : start + count] = _expand(record.chunk_choice)
+    tokens[np.isnan(tokens) & ~is_token] = 0.0  # a chunk without text brings no token, whatever its count says
+    return Chunks(request, sent_at[request] + (elapsed - before[request]) / 1e6, tokens, kind, is_token, choice)
+
+
+def _requests(records: Sequence[Record], arrivals: Chunks, log: Path) -> pd.DataFrame:
+    frame = pd.DataFrame(
+        {name: pd.Series([getattr(r, name) for r in records], dtype=object) for name in Record.__struct_fields__}
+    )
+    for name in _FLOATS:
+        frame[name] = frame[name].astype(np.float64)
+    for name in ("user", "worker", "reads_merged"):
+        frame[name] = frame[name].astype(np.int64)
+    sent_at, output_tokens = frame["sent_at"].to_numpy(), frame["output_tokens"].to_numpy()
+    frame["ttft"] = metrics.ttft(arrivals, sent_at)
+    frame["tpot"], frame["tpot_estimated"] = metrics.tpot(arrivals, output_tokens)
+    frame["e2e"] = metrics.e2e(arrivals, sent_at)
+    gaps = metrics.chunk_gaps(arrivals)
+    by_request = pd.Series(gaps.seconds).groupby(gaps.request)
+    frame["itl_mean"] = by_request.mean().reindex(frame.index)
+    frame["itl_max"] = by_request.max().reindex(frame.index)
+    frame["e2e_per_token"] = metrics.e2e_per_token(frame["e2e"].to_numpy(), output_tokens)
+    frame["latency_from_intended"] = metrics.last_token_at(arrivals, len(frame)) - frame["intended_at"]
+    frame["ttft_from_intended"] = frame["ttft"] + frame["sent_at"] - frame["intended_at"]
+    frame["first_event"] = metrics.first_event(arrivals, sent_at)
+    is_token = arrivals.is_token
+    frame["chunk_token_sum"] = np.bincount(
+        arrivals.request[is_token], weights=arrivals.tokens[is_token], minlength=len(frame)
+    )
+    ids, in_band = [record.request_id for record in records], [record.server for record in records]
+    for name, values in join(ids, in_band, output_tokens.tolist(), _log(log)).items():
+        text = name in ("server_source", "server_unmatched")
+        frame[name] = pd.Series(values, index=frame.index, dtype=object if text else np.float64)
+    return frame
+
+
+def _log(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _samples(scrapes: Scrapes) -> pd.DataFrame:
+    row, column = np.nonzero(~np.isnan(scrapes.values))
+    names = [name for name, _ in scrapes.series]
+    labels = [label_text(labels) for _, labels in scrapes.series]
+    return pd.DataFrame(
+        {
+            "at": scrapes.at[row],
+            "series": pd.Series(np.array(names, dtype=object)[column], dtype="category"),
+            "labels": pd.Series(np.array(labels, dtype=object)[column], dtype="category"),
+            "value": scrapes.values[row, column],
+            "url": scrapes.url,
+        }
+    )
+
+
+def _distinct(requests: pd.DataFrame) -> list[str]:
+    ids = list(requests["request_id"])
+    if len(set(ids)) != len(ids):
+        raise RunFolderError("requests.jsonl holds a request_id twice, so that chunks cannot be told apart")
+    return ids
+
+
+def _expand(runs: Sequence[tuple[Any, int]], codes: dict[Any, int] | None = None) -> Any:
+    values = [codes[value] if codes else value for value, _ in runs]
+    dtype = np.int8 if codes else np.int16
+    return np.repeat(np.array(values, dtype=dtype), np.array([count for _, count in runs], dtype=np.int64))
+
+
+def _floats(values: Sequence[float | None]) -> Floats:
+    return np.array(values, dtype=np.float64)  # numpy reads None as NaN

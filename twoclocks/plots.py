@@ -1,0 +1,284 @@
+"""Plots: runs -> client_vs_server_violin.png and timeline.png. Milliseconds shown.
+
+Client and server keep their colour and their side in every panel; both colours stay apart for colour-blind readers, and
+left and right tell them apart without colour.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.mlab import GaussianKDE
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from twoclocks import expositions, metrics
+from twoclocks.expositions import HISTOGRAMS
+from twoclocks.join import DEFINITIONS
+from twoclocks.load import Run
+from twoclocks.metrics import Floats, definition
+from twoclocks.terminal import number
+
+CLIENT, SERVER, INK, QUIET = "#0072B2", "#D55E00", "#222222", "#6b6b6b"
+TAIL = 99.5  # percentile at which an axis may be cut
+LOG_SPREAD = 100.0  # ratio from which an axis is logarithmic
+HALF = 0.28  # width of half a violin; runs stand 1 apart, which leaves room for the medians between them
+FEW = 8  # below this many values no density is drawn, only the values
+MANY = 2000  # a density is drawn from this many evenly spaced quantiles at most
+
+
+@dataclass(frozen=True)
+class Side:
+    """One half of a violin: values in seconds, or why there are none."""
+
+    values: Floats
+    silence: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One metric over all runs: (client, server) a run."""
+
+    title: str
+    pairs: list[tuple[Side, Side]]
+    footnotes: list[str]
+
+
+def violins(runs: Sequence[Run], path: Path, title: str) -> None:
+    """TTFT, TPOT, E2E and ITL of each run, client left and server right, as a PNG."""
+    rows, columns = (2, 2) if len(runs) <= 2 else (4, 1)
+    width, height = max(12.0, 2.2 * len(runs) + 2), 5.2 * rows
+    engine = ConstrainedLayoutEngine(hspace=0.06, wspace=0.04)
+    figure = Figure(figsize=(width, height + 0.6), dpi=110, layout=engine)
+    (head,), (body,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(0.6, height))
+    head.text(0.01, 0.95, _printable(textwrap.shorten(title, int(9 * width))), fontsize=14, fontweight="bold", va="top")
+    handles = [Patch(color=CLIENT, alpha=0.55), Patch(color=SERVER, alpha=0.55), Line2D([], [], color=INK, lw=2)]
+    labels = ["client (left half): as it arrived", "server (right half): as it says", "median"]
+    head.legend(handles, labels, loc="lower left", ncols=3, frameon=False, fontsize=11)
+    for axes, panel in zip(body.subplots(rows, columns).flat, _panels(runs), strict=True):
+        _draw(axes, panel, [run.name for run in runs], footnote_width=int(15.5 * width / columns))
+    figure.savefig(path)
+
+
+def timeline(run: Run, path: Path) -> None:
+    """Users and requests over the run, tokens a second, and KV cache usage where the server tells it, as a PNG."""
+    kv = [g for g in (expositions.gauge(s, "kv_cache_usage") for s in run.scrapes) if g]
+    rows = 3 if kv else 2
+    figure = Figure(figsize=(12, 2.2 + 2.5 * rows), dpi=110, layout="constrained")
+    figure.suptitle(_printable(f"{run.name}: the run over time"), fontsize=14, fontweight="bold", x=0.01, ha="left")
+    panels = figure.subplots(rows, 1, sharex=True)
+    _concurrency(panels[0], run)
+    _throughput(panels[1], run)
+    for times, usage in kv:
+        panels[2].plot(times, usage * 100, color=SERVER, lw=1.8)
+    if kv:
+        _finish(panels[2], "KV cache used (%), server")
+    if np.isfinite(run.window).all():
+        for axes in panels:
+            axes.axvspan(*run.window, color="#000000", alpha=0.04, lw=0, zorder=0)
+    panels[-1].set_xlabel("seconds since the run's start; the measuring window is shaded")
+    figure.savefig(path)
+
+
+def _panels(runs: Sequence[Run]) -> list[Panel]:
+    panels = []
+    for metric, name, function in (
+        ("ttft", "Time to first token (TTFT)", metrics.ttft),
+        ("tpot", "Time per output token (TPOT), per request", metrics.tpot),
+        ("e2e", "Request duration (E2E)", metrics.e2e),
+    ):
+        pairs = [(Side(run.ok[metric].dropna().to_numpy(), "no value"), _server_side(run, metric)) for run in runs]
+        sources = sorted({source for run in runs for source in run.ok["server_source"].dropna()})
+        told = [
+            f"Server ({source}): {DEFINITIONS[source][metric]}." for source in sources if metric in DEFINITIONS[source]
+        ]
+        panels.append(Panel(name, pairs, [f"Client: {definition(function)}", *told]))
+    pairs = [(Side(run.gaps.seconds, "no value"), Side(np.array([]), _itl_mean(run))) for run in runs]
+    notes = [f"Client: {definition(metrics.chunk_gaps)}"]
+    if any("mean" in server.silence for _, server in pairs):
+        notes.append(f"Server: {HISTOGRAMS['itl'][1]}.")
+    panels.append(Panel("Inter-token latency (ITL), chunk gaps", pairs, notes))
+    return panels
+
+
+def _server_side(run: Run, metric: str) -> Side:
+    values = run.ok[f"server_{metric}"].dropna().to_numpy()
+    if len(values):
+        return Side(values)
+    mean = _window_mean(run, metric)
+    nothing = "no per-request figure\nfrom this server"
+    return Side(values, f"{nothing};\nits /metrics mean:\n{number(mean, 's')} ms" if mean is not None else nothing)
+
+
+def _itl_mean(run: Run) -> str:
+    mean = _window_mean(run, "itl")
+    nothing = "this server tells\nno single gaps"
+    return f"{nothing};\nits /metrics mean:\n{number(mean, 's')} ms a step" if mean is not None else nothing
+
+
+def _window_mean(run: Run, metric: str) -> float | None:
+    gained = expositions.histogram_delta(run.scrapes, run.first_scrapes, metric)
+    return gained.mean if gained is not None and gained.count else None
+
+
+def _draw(axes: Axes, panel: Panel, names: list[str], footnote_width: int) -> None:
+    everything = np.concatenate([side.values for pair in panel.pairs for side in pair])
+    axes.set_title(panel.title, loc="left", fontsize=12, fontweight="bold")
+    if len(everything):
+        low, high, log = _limits([side.values for pair in panel.pairs for side in pair])
+        if log:
+            axes.set_yscale("log")
+        axes.set_ylim(low, high)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 1e3:,g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        for x, pair in enumerate(panel.pairs):
+            for side, colour, sign in zip(pair, (CLIENT, SERVER), (-1, 1), strict=True):
+                _half(axes, x, side, colour, sign, (low, high), log)
+        axes.set_ylabel("ms, logarithmic" if log else "ms, not from 0" if low > 0 else "ms")
+    else:
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "no measured request has a value", transform=axes.transAxes, ha="center", color=QUIET)
+    axes.set_xlim(-0.62, len(names) - 0.38)
+    counts = [" | ".join(f"{len(side.values):,}" for side in pair if len(side.values)) or "0" for pair in panel.pairs]
+    labels = [f"{_printable(textwrap.fill(name, 28))}\nn = {n}" for name, n in zip(names, counts, strict=True)]
+    axes.set_xticks(range(len(names)), labels, fontsize=10)
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="y", color="#000000", alpha=0.12, lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    wrapped = "\n".join(textwrap.fill(note, footnote_width, subsequent_indent="   ") for note in panel.footnotes)
+    axes.set_xlabel(wrapped, fontsize=7.5, color=QUIET, loc="left", labelpad=6)
+
+
+def _half(axes: Axes, x: int, side: Side, colour: str, sign: int, limits: tuple[float, float], log: bool) -> None:
+    """Half a violin with its median and its value; a note where values lie beyond the axis."""
+    low, high = limits
+    if not len(side.values):
+        axes.text(
+            x + sign * 0.06, 0.5, side.silence, transform=axes.get_xaxis_transform(), fontsize=8.5, color=QUIET,
+            ha="left" if sign > 0 else "right", va="center", style="italic",
+        )  # fmt: skip
+        return
+    shown = side.values[(side.values >= low) & (side.values <= high)]
+    if len(shown) >= FEW and np.ptp(shown) > 0:
+        grid, width = _density(shown, log)
+        axes.fill_betweenx(grid, x, x + sign * HALF * width, color=colour, alpha=0.45, lw=0)
+        outline = np.concatenate([[0.0], width, [0.0]])
+        axes.plot(x + sign * HALF * outline, grid[[0, *range(len(grid)), -1]], color=colour, lw=1.2)
+    if len(shown) <= 300:
+        jitter = np.random.default_rng(0).uniform(0.015, 0.09, len(shown))
+        axes.scatter(x + sign * jitter, shown, s=7, color=colour, alpha=0.55, lw=0, zorder=3)
+    median = float(np.median(side.values))
+    axes.plot([x, x + sign * HALF], [median, median], color=INK, lw=2, solid_capstyle="butt", zorder=4)
+    axes.annotate(
+        f"{number(median, 's')}", (x + sign * (HALF + 0.02), median), fontsize=9.5, fontweight="bold", color=INK,
+        ha="left" if sign > 0 else "right", va="center", zorder=5,
+    )  # fmt: skip
+    for beyond, worst, y, va in (
+        (side.values > high, side.values.max(), 0.995, "top"),
+        (side.values < low, side.values.min(), 0.005, "bottom"),
+    ):
+        if beyond.any():
+            word, arrow = ("up to", "▲") if va == "top" else ("down to", "▼")
+            axes.text(
+                x + sign * 0.06, y, f"{arrow} {int(beyond.sum()):,} beyond,\n{word} {number(float(worst), 's')}",
+                transform=axes.get_xaxis_transform(), fontsize=8, color=colour,
+                ha="left" if sign > 0 else "right", va=va,
+            )  # fmt: skip
+
+
+def _limits(groups: Sequence[Floats]) -> tuple[float, float, bool]:
+    """(low, high, logarithmic) of an axis that shows nearly all of every group: a long tail is cut at TAIL."""
+    groups = [group for group in groups if len(group)]
+    tail = max(float(np.percentile(group, TAIL)) for group in groups)
+    top = max(float(group.max()) for group in groups)
+    high = tail if top > 1.5 * tail else top
+    positive = [group[group > 0] for group in groups if (group > 0).any()]
+    floor = min((float(np.percentile(group, 100 - TAIL)) for group in positive), default=0.0)
+    if floor > 0 and high / floor > LOG_SPREAD:
+        return floor / 1.3, (tail if top > 10 * tail else top) * 1.3, True
+    low = min(float(group.min()) for group in groups)
+    if low < 0.5 * high or low == high:
+        return 0.0, high * 1.06 or 1.0, False
+    margin = 0.08 * (high - low)
+    return low - margin, high + margin, False
+
+
+def _density(values: Floats, log: bool) -> tuple[Floats, Floats]:
+    """(grid, width in 0..1) of a kernel density (Scott's bandwidth), on the logarithm where the axis is logarithmic."""
+    if len(values) > MANY:
+        values = np.quantile(values, np.linspace(0, 1, MANY))
+    scaled = np.log10(values) if log else values
+    grid = np.linspace(scaled.min(), scaled.max(), 200)
+    width = np.asarray(GaussianKDE(scaled).evaluate(grid))
+    return (10**grid if log else grid), width / width.max()
+
+
+def _concurrency(axes: Axes, run: Run) -> None:
+    rows = run.requests[run.requests["sent_at"].notna()]
+    by_user = rows[rows["phase"] != "warmup"].groupby(["worker", "user"])
+    if len(rows):
+        times, users = _open_spans(by_user["intended_at"].min().to_numpy(), by_user["ended_at"].max().to_numpy())
+        axes.fill_between(times, users, step="post", color=QUIET, alpha=0.18, lw=0, label="users active")
+        edges = _bins(run)
+        times, flying = _open_spans(rows["sent_at"].to_numpy(), rows["ended_at"].to_numpy())
+        integral = np.interp(edges, times, np.concatenate([[0.0], np.cumsum(flying[:-1] * np.diff(times))]))
+        mean = np.diff(integral) / np.diff(edges)
+        axes.stairs(mean, edges, color=CLIENT, lw=1.8, label="requests in flight, client (mean)")
+    for name, look in (("running", "-"), ("waiting", ":")):
+        for number_of, scrapes in enumerate(run.scrapes):
+            if found := expositions.gauge(scrapes, name):
+                label = f"{name}, server" if number_of == 0 else None
+                axes.plot(*found, color=SERVER, ls=look, lw=1.8, label=label)
+    _finish(axes, "requests")
+
+
+def _throughput(axes: Axes, run: Run) -> None:
+    """Tokens a second: the client's by arrival, the server's as its counter rose between scrapes."""
+    arrived = metrics.arrived_tokens(run.arrivals, run.requests["output_tokens"].to_numpy())
+    if len(run.arrivals.at):
+        total, edges = np.histogram(run.arrivals.at, bins=_bins(run), weights=arrived)
+        axes.stairs(total / np.diff(edges), edges, color=CLIENT, lw=1.8, label="output tokens/s, client (by arrival)")
+    for scrapes in run.scrapes:
+        columns = [i for i, (name, _) in enumerate(scrapes.series) if name in expositions.COUNTERS["generation_tokens"]]
+        if columns and len(scrapes.at) > 1:
+            rate = np.diff(np.nansum(scrapes.values[:, columns], axis=1)) / np.diff(scrapes.at)
+            label = "generation tokens/s, server (counter)"
+            axes.stairs(rate, scrapes.at, color=SERVER, lw=1.4, label=label, baseline=None)
+    _finish(axes, "tokens/s")
+
+
+def _bins(run: Run) -> Floats:
+    """Edges of whole seconds over the run, of more seconds each in a long run: some 300 at most."""
+    end = float(run.requests["ended_at"].max()) if len(run.requests) else 1.0
+    step = int(np.ceil(end / 300))
+    return np.arange(0.0, end + step, step)
+
+
+def _open_spans(begin: Floats, end: Floats) -> tuple[Floats, Floats]:
+    """How many of the spans [begin, end) are open, from each time on at which this changes."""
+    times = np.concatenate([begin, end])
+    steps = np.concatenate([np.ones(len(begin)), -np.ones(len(end))])
+    order = np.lexsort((steps, times))
+    return times[order], np.cumsum(steps[order])
+
+
+def _finish(axes: Axes, label: str) -> None:
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=label == "requests"))
+    axes.grid(color="#000000", alpha=0.12, lw=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+
+
+def _printable(text: str) -> str:
+    """Without matplotlib's own mark-up, which a ``$`` in a name would start."""
+    return text.replace("$", r"\$")

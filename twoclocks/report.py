@@ -1,0 +1,146 @@
+"""Report: a run folder's raw files -> its summary.json, summary.txt, vllm_bench.json, plots/ and report.html."""
+
+import base64
+import datetime
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from twoclocks import terminal
+from twoclocks.errors import RunFolderError
+from twoclocks.load import Run, load_run
+from twoclocks.plots import timeline, violins
+from twoclocks.summary import summarise
+from twoclocks.vllm_bench import vllm_bench
+
+VIOLIN = Path("plots") / "client_vs_server_violin.png"
+TIMELINE = Path("plots") / "timeline.png"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written."""
+
+    summary: dict[str, Any]
+    html: Path
+    violin: Path
+
+
+def build(folder: str | Path, progress: Callable[[str], None] = lambda _: None) -> Report:
+    """The report of a run, written into its folder. ``progress`` is told what is being done.
+
+    Raises RunFolderError for a folder that is no run, or that cannot be written to.
+    """
+    progress(f"reading {folder}")
+    run = load_run(folder)
+    progress(f"computing the figures of {len(run.requests):,} requests")
+    summary = summarise(run)
+    try:
+        (run.path / "plots").mkdir(exist_ok=True)
+        write_json(run.path / "summary.json", summary)
+        write_json(run.path / "vllm_bench.json", vllm_bench(run, summary))
+        (run.path / "summary.txt").write_text(terminal.to_text(terminal.render(summary)), encoding="utf-8")
+        progress("drawing the plots")
+        violins([run], run.path / VIOLIN, heading(run))
+        timeline(run, run.path / TIMELINE)
+        html = run.path / "report.html"
+        html.write_text(_html(run, summary), encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(f"{error.filename or run.path}: cannot be written: {error.strerror}") from None
+    return Report(summary, html, run.path / VIOLIN)
+
+
+def heading(run: Run) -> str:
+    """The run's name and what it was run against."""
+    target = run.meta.get("target") or {}
+    server = " ".join(str(target[key]) for key in ("server", "server_version") if target.get(key))
+    return run.name + (f" · {server}" if server else "")
+
+
+def page(template: str, **values: Any) -> str:
+    """A page from templates/. All values are escaped: a server under test may say anything."""
+    files = resources.files("twoclocks") / "templates"
+    loader = jinja2.FunctionLoader(lambda name: (files / name).read_text(encoding="utf-8"))
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.globals.update(
+        number=terminal.number,
+        signed=signed,
+        bucket=terminal.bucket,
+        scraped_span=terminal.scraped_span,
+        shown_unit=terminal.shown_unit,
+        plain=terminal.plain,
+        plain_lines=lambda text: "\n".join(terminal.plain(line) for line in text.splitlines()),
+        short=terminal.SHORT,
+        labels=terminal.LABELS,
+        style=(files / "style.css").read_text(encoding="utf-8"),
+    )
+    return environment.get_template(template).render(**values)
+
+
+def signed(seconds: float | None) -> str:
+    """A difference in ms, with its sign."""
+    text = terminal.number(seconds, "s")
+    return f"+{text}" if seconds is not None and seconds > 0 else text
+
+
+def picture(path: Path) -> str:
+    """A file as base64, to stand inside a page."""
+    return base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON as other programs read it: UTF-8, no NaN."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _html(run: Run, summary: dict[str, Any]) -> str:
+    figures, meta = summary["figures"], run.meta
+    target = [meta.get("target", {}).get(key) for key in ("server", "server_version", "api", "model", "url")]
+    started = meta.get("started_at_unix")
+    date = datetime.datetime.fromtimestamp(started, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC") if started else ""
+    experiment = run.path / "experiment.yaml"
+    return page(
+        "report.html",
+        summary=summary,
+        target=" · ".join(terminal.plain(part) for part in target if part),
+        date=date,
+        cards=_cards(figures),
+        violin=picture(run.path / VIOLIN),
+        timeline=picture(run.path / TIMELINE),
+        setting=_setting(meta),
+        experiment=experiment.read_text(encoding="utf-8") if experiment.exists() else "",
+    )
+
+
+def _cards(figures: dict[str, Any]) -> list[dict[str, str]]:
+    def card(name: str, label: str, key: str = "value") -> dict[str, str]:
+        figure = figures[name]
+        return {"value": terminal.number(figure.get(key), figure["unit"]), "label": label}
+
+    failed = f"{figures['failed']['value']} failed, {figures['cancelled']['value']} cut off"
+    cards = [
+        card("ok", f"requests ok of {figures['requests']['value']} ({failed})"),
+        card("ttft", "ms TTFT, median", "p50"),
+        card("ttft", "ms TTFT, p99", "p99"),
+        card("tpot", "ms per output token, median", "p50"),
+        card("itl", "ms inter-token latency, p99", "p99"),
+        card("output_throughput", "output tokens/s"),
+        card("request_throughput", "requests/s"),
+    ]
+    return [*cards, card("goodput_share", "of the requests met the SLO")] if "goodput_share" in figures else cards
+
+
+def _setting(meta: dict[str, Any]) -> dict[str, str]:
+    """What run.json tells of how it was run, a line each."""
+    command = " ".join(str(part) for part in meta.get("command_line") or [])
+    lines = {"command": command} | {
+        key: ", ".join(f"{name}: {value}" for name, value in (meta.get(key) or {}).items())
+        for key in ("overrides", "labels", "target", "host", "versions")
+    }
+    lines |= {key: str(meta[key]) for key in ("twoclocks_version", "workers", "lost_records", "status") if key in meta}
+    return {key: value for key, value in lines.items() if value}
