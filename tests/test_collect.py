@@ -110,6 +110,18 @@ def test_the_child_scrapes_until_the_server_is_idle(tmp_path):
     assert collectors.process.returncode == 0
 
 
+def test_a_scrape_can_be_asked_for(tmp_path):
+    values = iter(range(100))
+    with FakeServer() as server:
+        server.metrics = lambda: page(a=next(values))
+        collectors = Collectors(job(tmp_path, metrics_urls=[f"{server.url}/metrics"], interval_s=60))
+        answer = collectors.scrape()
+        written = len((tmp_path / "server_samples.jsonl").read_text().splitlines())
+        collectors.stop()
+
+    assert (answer, written) == ({f"{server.url}/metrics": None}, 2)
+
+
 def test_the_child_ends_when_its_input_ends(tmp_path):
     collectors = Collectors(job(tmp_path))
     collectors.process.stdin.close()

@@ -1,8 +1,9 @@
 """The collectors: a child process that reads what the server says of itself while the load runs.
 
 A process of its own, because parsing a page of metrics takes longer than the gap between two tokens. It is told its work
-in the first line of standard input, answers `{"ready": ...}` after the first scrape, and ends after the line `stop` (with
-a last scrape once the server is idle) or, at once, when its parent dies, since then its input ends.
+in the first line of standard input and answers with a line after the first scrape; a line `scrape` asks for one more, now,
+and is answered too; after the line `stop` it ends, with a last scrape once the server is idle; when its parent dies it
+ends at once, since then its input does.
 """
 
 import select
@@ -154,9 +155,7 @@ def main() -> None:
         (folder / "server_samples.jsonl").open("ab") as out,
     ):
         scrapers = [Scraper(url, job, client, out) for url in job.metrics_urls]
-        errors = {scraper.url: scraper.scrape() for scraper in scrapers}
-        sys.stdout.buffer.write(msgspec.json.encode({"ready": errors}) + b"\n")
-        sys.stdout.buffer.flush()
+        _answer({scraper.url: scraper.scrape() for scraper in scrapers})
         due = time.monotonic()
         while True:
             due = max(due + job.interval_s, time.monotonic())  # a slow page delays the next scrape, it does not double it
@@ -165,8 +164,9 @@ def main() -> None:
                 tail.copy()
             if command == b"":
                 return  # the parent is gone
-            for scraper in scrapers:
-                scraper.scrape()
+            errors = {scraper.url: scraper.scrape() for scraper in scrapers}
+            if command == b"scrape\n":
+                _answer(errors)
             if command == b"stop\n":
                 break
         settled_by = time.monotonic() + SETTLE_S
@@ -181,6 +181,11 @@ def main() -> None:
         if tail:
             tail.copy()
             tail.close()
+
+
+def _answer(errors: dict[str, str | None]) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(errors) + b"\n")
+    sys.stdout.buffer.flush()
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
@@ -206,15 +211,28 @@ class Collectors:
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
+        self.urls = job.metrics_urls
+        self.errors = self._ask(msgspec.json.encode(job))
+        """What the first scrape of each page said was wrong; None where it was read."""
+
+    def scrape(self) -> dict[str, str | None]:
+        """One more scrape, now; what was wrong with each page."""
+        return self._ask(b"scrape")
+
+    def _ask(self, line: bytes) -> dict[str, str | None]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(msgspec.json.encode(job) + b"\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        self.errors: dict[str, str | None] = dict.fromkeys(job.metrics_urls, "the collecting process did not start")
-        if answer:
-            self.errors = msgspec.json.decode(answer)["ready"]
-        """What the first scrape of each page said was wrong; None where it was read."""
+        answer = b""
+        try:
+            self.process.stdin.write(line + b"\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            pass  # told below: it is not there to answer
+        if not answer:
+            return dict.fromkeys(self.urls, "the collecting process has ended")
+        errors: dict[str, str | None] = msgspec.json.decode(answer)
+        return errors
 
     def stop(self) -> None:
         """Ask for the last scrape and wait until it is written."""

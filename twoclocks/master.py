@@ -127,6 +127,7 @@ class MasterSide:
         )
         StreamingUser.sender = self.sender
         self._warm_up()
+        self.collectors.scrape()  # so that the server's totals of the window begin after the warm-up
         if isinstance(self.runner, MasterRunner):
             clients = [client.id for client in self.runner.clients.all]
             self.folder.write_meta(workers=len(clients))
