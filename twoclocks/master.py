@@ -5,6 +5,7 @@ It lives in Locust's master, or in its only process. Workers send their finished
 
 import itertools
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from twoclocks.errors import TwoclocksError
 from twoclocks.experiment import Experiment
 from twoclocks.record import Record, encode_record
 from twoclocks.run_folder import RunFolder, first_meta
+from twoclocks.selfwatch import watch
 from twoclocks.target import metrics_urls, resolve
 from twoclocks.user import Sender, StreamingUser
 from twoclocks.workload import load_prompts, plans
@@ -50,6 +52,7 @@ class MasterSide:
         self.folder: RunFolder | None = None
         self.collectors: Collectors | None = None
         self.timer: gevent.Greenlet | None = None
+        self.watch: gevent.Greenlet | None = None
         self.sender: Sender | None = None
         self.zero_ns = 0
         self.model = ""
@@ -126,6 +129,8 @@ class MasterSide:
             numbers=itertools.count(),
         )
         StreamingUser.sender = self.sender
+        if not isinstance(self.runner, MasterRunner):  # there the workers send, and watch themselves
+            self.watch = gevent.spawn(watch, self.zero_ns, 0, os.getpid(), self.keep_self)
         self._warm_up()
         self.collectors.scrape()  # so that the server's totals of the window begin after the warm-up
         if isinstance(self.runner, MasterRunner):
@@ -187,16 +192,20 @@ class MasterSide:
 
     # while it runs
 
-    def keep(self, lines: bytes) -> None:
-        """Append to requests.jsonl; when that fails the run is over, since nothing it measured could be shown."""
+    def keep(self, lines: bytes, name: str = "requests.jsonl") -> None:
+        """Append finished lines; when that fails the run is over, since nothing it measured could be shown."""
         assert self.folder is not None
         try:
-            self.folder.append(lines)
+            self.folder.append(lines, name)
         except TwoclocksError as error:
             if self.broken is None:
                 self.broken = str(error)
                 log.error("%s; stopping", error)  # noqa: TRY400  one line for the user, no traceback
                 gevent.spawn(self._stop_or_quit)
+
+    def keep_self(self, lines: bytes) -> None:
+        """Append to self_samples.jsonl."""
+        self.keep(lines, "self_samples.jsonl")
 
     def note(self, text: str) -> None:
         """Something the user should know, now and in the report."""
@@ -241,6 +250,7 @@ class MasterSide:
         lines: bytes = msg.data["lines"]
         self.received[msg.node_id] = self.received.get(msg.node_id, 0) + lines.count(b"\n")
         self.keep(lines)
+        self.keep_self(msg.data["self"])
 
     def on_done(self, msg: Any, **_: Any) -> None:
         """A worker has drained, and says how many lines it sent."""
@@ -267,6 +277,8 @@ class MasterSide:
             return
         if isinstance(self.runner, MasterRunner):
             self._await_workers()
+        if self.watch is not None:
+            self.watch.kill()
         if self.collectors is not None:
             self.collectors.stop()
         folder.write_meta(

@@ -28,7 +28,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._requests = os.open(path / "requests.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        names = ("requests.jsonl", "self_samples.jsonl")
+        self._files = {name: os.open(path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) for name in names}
         self.meta: dict[str, Any] = {}
 
     @classmethod
@@ -51,13 +52,13 @@ class RunFolder:
             return cls(path)
         raise RunFolderError(f"{parent}: holds a hundred runs of this second; wait a moment")
 
-    def append(self, lines: bytes) -> None:
-        """Append finished lines to requests.jsonl. Raises TwoclocksError when the disk does not take them."""
+    def append(self, lines: bytes, name: str = "requests.jsonl") -> None:
+        """Append finished lines to a file. Raises TwoclocksError when the disk does not take them."""
         try:
             while lines:
-                lines = lines[os.write(self._requests, lines) :]
+                lines = lines[os.write(self._files[name], lines) :]
         except OSError as error:
-            raise TwoclocksError(f"{self.path}/requests.jsonl: cannot be written: {error.strerror}") from None
+            raise TwoclocksError(f"{self.path / name}: cannot be written: {error.strerror}") from None
 
     def write_meta(self, **changes: Any) -> None:
         """Replace run.json by what is known so far."""
@@ -68,8 +69,9 @@ class RunFolder:
         new.replace(self.path / "run.json")
 
     def close(self) -> None:
-        """No more requests will come."""
-        os.close(self._requests)
+        """No more lines will come."""
+        for file in self._files.values():
+            os.close(file)
 
 
 def first_meta(zero_ns: int) -> dict[str, Any]:

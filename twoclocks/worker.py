@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from locust.env import Environment
 
 from twoclocks.client import make_endpoint
 from twoclocks.experiment import Experiment
+from twoclocks.selfwatch import watch
 from twoclocks.user import Sender, StreamingUser
 from twoclocks.workload import load_prompts, plans
 
@@ -27,6 +29,8 @@ class WorkerSide:
         self.environment, self.runner = environment, runner
         self.run: str | None = None
         self.lines: list[bytes] = []
+        self.self_lines: list[bytes] = []
+        self.watch: gevent.Greenlet | None = None
         self.count = 0
         runner.register_message("twoclocks_run", self.on_run)
         runner.register_message("twoclocks_stop", self.on_stop, concurrent=True)
@@ -41,7 +45,8 @@ class WorkerSide:
         if data["hostname"] != socket.gethostname():
             log.warning("worker on another host than the master: its times use this host's clock zero, unsynchronised")
         prompts = load_prompts(Path(experiment.workload.requests), experiment.target.api)
-        self.run, self.lines, self.count = data["run"], [], 0
+        self.run, self.lines, self.self_lines, self.count = data["run"], [], [], 0
+        self.watch = gevent.spawn(watch, data["zero_ns"], data["share"], os.getpid(), self.self_lines.append)
         StreamingUser.sender = Sender(
             experiment=experiment,
             endpoint=make_endpoint(experiment.target, experiment.timeouts),
@@ -66,16 +71,19 @@ class WorkerSide:
     def done(self) -> None:
         """All users have ended: send what is left, and how much it was in all."""
         if self.run is not None:
+            if self.watch is not None:
+                self.watch.kill()
             self.flush()
             self.runner.send_message("twoclocks_done", {"run": self.run, "lines": self.count})
 
     def flush(self) -> None:
         """Send the lines that have come since the last time."""
-        if self.lines:
-            lines = b"".join(self.lines)
+        if self.lines or self.self_lines:
+            data = {"run": self.run, "lines": b"".join(self.lines), "self": b"".join(self.self_lines)}
             self.count += len(self.lines)
             self.lines.clear()
-            self.runner.send_message("twoclocks_lines", {"run": self.run, "lines": lines})
+            self.self_lines.clear()
+            self.runner.send_message("twoclocks_lines", data)
 
     def _flush_for_ever(self) -> None:
         while True:

@@ -1,0 +1,59 @@
+"""The load generator watches itself: is its event loop late, is its CPU full? One line a second in self_samples.jsonl.
+
+A loop that is late sends late and, without the kernel's stamps, reads late; the verdict is built on these lines.
+"""
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+
+import gevent
+import msgspec
+
+TICK_S = 0.05  # twenty wake-ups a second cost well under 1 % of a core
+LINE_S = 1.0
+
+
+class SelfSample(msgspec.Struct, frozen=True):
+    """What one process of the load generator did in one second."""
+
+    at: float  # seconds on the run's clock, at the end of the second
+    worker: int
+    pid: int
+    loop_lag_s: list[float]  # how late each tick was
+    cpu_s: float  # CPU time of the process, all threads
+    wall_s: float
+    rss_mb: float  # the largest so far
+    open_file_limit: int
+
+
+def watch(zero_ns: int, worker: int, pid: int, write: Callable[[bytes], None]) -> None:
+    """Write a line a second, for ever. Runs in a greenlet of its own."""
+    encoder = msgspec.json.Encoder()
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    cpu, began = time.process_time(), time.monotonic()
+    for lags in _ticks():
+        now_cpu, now = time.process_time(), time.monotonic()
+        sample = SelfSample(
+            at=(time.monotonic_ns() - zero_ns) / 1e9,
+            worker=worker,
+            pid=pid,
+            loop_lag_s=lags,
+            cpu_s=now_cpu - cpu,
+            wall_s=now - began,
+            rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            open_file_limit=limit,
+        )
+        cpu, began = now_cpu, now
+        write(encoder.encode(sample) + b"\n")
+
+
+def _ticks() -> Iterator[list[float]]:
+    """The lags of each second's ticks: how much later than asked the loop came back, microseconds kept."""
+    while True:
+        lags = []
+        for _ in range(round(LINE_S / TICK_S)):
+            due = time.monotonic() + TICK_S
+            gevent.sleep(TICK_S)
+            lags.append(round(max(0.0, time.monotonic() - due), 6))
+        yield lags
