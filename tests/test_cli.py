@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 import pytest
-from make_run import make_run
+from make_run import make_run, record, write_folder
 
 from twoclocks import cli
 from twoclocks.errors import RunFolderError
@@ -73,3 +73,17 @@ def test_help_loads_nothing_heavy():
     code = f"import sys, twoclocks.cli as c; c._parser(); print([name for name in {heavy!r} if name in sys.modules])"
 
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_exit_codes_say_whether_the_slo_was_met_and_the_run_holds(tmp_path, capsys):
+    slo = tmp_path / "slo"
+    make_run(slo, requests=30)
+    failed = write_folder(tmp_path / "failed", [record(status="error", error_kind="refused")])
+    codes = {}
+    for limit in (1, 60_000):
+        (slo / "experiment.yaml").write_text(f"slo: {{ttft_ms: {limit}}}")
+        codes[limit] = main(["report", str(slo)])
+
+    assert codes == {1: 1, 60_000: 0}
+    assert main(["report", str(failed)]) == 4
+    assert "Verdict: INVALID" in capsys.readouterr().out

@@ -72,6 +72,7 @@ class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     ttft_ms: Positive | NoneWord = "none"
     tpot_ms: Positive | NoneWord = "none"
     e2e_ms: Positive | NoneWord = "none"
+    share: Annotated[float, Meta(gt=0, le=1)] = 0.99  # of the measured requests must meet all; else exit code 1
 
 
 class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

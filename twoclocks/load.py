@@ -73,6 +73,13 @@ class Run:
         empty = pd.DataFrame({name: [] for name in ("at", "series", "labels", "value", "url")})
         return pd.concat(parts, ignore_index=True) if parts else empty
 
+    @cached_property
+    def self_samples(self) -> pd.DataFrame:
+        """One row a second and process of the load generator: at, worker, loop_lag_s (a list), cpu_s, wall_s, ..."""
+        columns = ("at", "worker", "pid", "loop_lag_s", "cpu_s", "wall_s", "rss_mb", "open_file_limit")
+        rows = _json_lines(self.path / "self_samples.jsonl")
+        return pd.DataFrame({name: [row.get(name) for row in rows] for name in columns})
+
     @property
     def partial(self) -> bool:
         """Whether the run never came to its end."""
@@ -233,6 +240,17 @@ def _requests(records: Sequence[Record], arrivals: Chunks, log: Path) -> pd.Data
         text = name in ("server_source", "server_unmatched")
         frame[name] = pd.Series(values, index=frame.index, dtype=object if text else np.float64)
     return frame
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file; none if it is not there. A cut last line is left out."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+        return [msgspec.json.decode(line, type=dict[str, Any]) for line in lines]
+    except FileNotFoundError:
+        return []
+    except (OSError, msgspec.MsgspecError) as error:
+        raise RunFolderError(f"{path}: cannot be read: {error}") from None
 
 
 def _log(path: Path) -> list[str]:

@@ -17,6 +17,7 @@ from twoclocks.expositions import HISTOGRAMS
 from twoclocks.join import DEFINITIONS
 from twoclocks.load import Run
 from twoclocks.metrics import Floats, definition
+from twoclocks.verdict import verdict
 
 PERCENTILES = (50, 95, 99)
 UNSEEN = "Not seen from outside; part of the client's TTFT. Server: "
@@ -31,6 +32,8 @@ WHAT_DIFFERS: dict[tuple[str, str], str] = {
     ("log", "e2e"): "The client's also holds HTTP, template and tokenizing before the engine, and delivery after it",
     ("log", "queue"): UNSEEN + DEFINITIONS["log"]["queue"],
 }
+SLO_SHARE = 0.99
+"""Share of the measured requests that must meet the SLO where an experiment does not say."""
 SAME_TRAFFIC = 0.01
 """Largest share by which the numbers of observations may differ for a difference between two means to be shown."""
 
@@ -42,6 +45,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "run": run.name,
         "status": run.meta.get("status"),
         "partial": _partial(run),
+        "verdict": verdict(run),
+        "slo": _slo(run),
         "notes": _notes(run),
         "target": run.meta.get("target") or {},
         "window": {"started_at": run.window[0], "ended_at": run.window[1], "unit": "s", "definition": "run's clock"},
@@ -213,6 +218,19 @@ def _figures(run: Run) -> dict[str, Any]:
     return figures
 
 
+def _slo(run: Run) -> dict[str, Any] | None:
+    """Whether enough requests met the SLO: ``slo.share`` of the measured ones must. None without an SLO."""
+    share = (run.experiment.get("slo") or {}).get("share")
+    limits = slo_limits(run.experiment)
+    if not limits:
+        return None
+    ok = (run.measured["status"] == "ok").to_numpy()
+    good = metrics.meets_slo(ok, {name: run.measured[name].to_numpy(dtype=np.float64) for name in limits}, limits)
+    met = float(good.mean()) if len(good) else 0.0
+    required = float(share) if isinstance(share, int | float) else SLO_SHARE
+    return {"limits": limits, "unit": "s", "required_share": required, "share": met, "met": met >= required}
+
+
 def _scraped(run: Run) -> dict[str, Any] | None:
     """From when to when the server's counters were read, and which of our requests lie in that time."""
     good = [(s, first) for s, first in zip(run.scrapes, run.first_scrapes, strict=True) if len(s.at)]
@@ -232,11 +250,11 @@ def _scraped(run: Run) -> dict[str, Any] | None:
 def _partial(run: Run) -> str | None:
     if not run.partial:
         return None
-    status = run.meta.get("status")
-    text = "the run was interrupted" if status == "interrupted" else "the run was killed or is still going on"
-    in_flight = run.meta.get("in_flight")
-    flying = "an unknown number of" if in_flight is None else str(in_flight)
-    return f"Partial: {text}; {flying} requests were in flight and are not in these figures."
+    if run.meta.get("status") == "interrupted":
+        return "Stopped before its time; every request that it had sent is in these figures."
+    users = run.requests.loc[run.requests["phase"] != "warmup", "user"].nunique()
+    flying = f"up to {users} requests, one a user," if users else "an unknown number of requests"
+    return f"Partial: the run was killed or is still going on; {flying} were in flight and are not in these figures."
 
 
 def _notes(run: Run) -> list[str]:

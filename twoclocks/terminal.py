@@ -66,7 +66,7 @@ def render(summary: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = []
     if summary["partial"]:
         parts.append(Text(summary["partial"], style="bold yellow"))
-    parts += [_totals(summary), _latencies(summary)]
+    parts += [_verdict(summary), _totals(summary), _latencies(summary)]
     if summary["client_vs_server"]:
         parts.append(_client_vs_server(summary["client_vs_server"]))
     if summary["server_window"]:
@@ -75,6 +75,20 @@ def render(summary: dict[str, Any]) -> RenderableType:
     if summary["notes"]:
         parts.append(_bullets("Notes", (Text(plain(note)) for note in summary["notes"])))
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
+
+
+COLOURS = {"VALID": "green", "SUSPECT": "yellow", "INVALID": "red"}
+
+
+def _verdict(summary: dict[str, Any]) -> RenderableType:
+    """The verdict in a word, and each reason with what to do about it."""
+    level, reasons = summary["verdict"]["level"], summary["verdict"]["reasons"]
+    lines = [Text.assemble(("Verdict: ", "bold"), (level, f"bold {COLOURS[level]}"))]
+    lines += [
+        Text.assemble("  ", (reason["level"], COLOURS[reason["level"]]), f" {reason['reason']}; {reason['remedy']}.")
+        for reason in reasons
+    ]
+    return Group(*lines)
 
 
 def to_text(renderable: RenderableType) -> str:
@@ -110,6 +124,9 @@ def _totals(summary: dict[str, Any]) -> Table:
             number(figures["goodput_share"]["value"], "share"),
         )
         table.add_row("Goodput (requests/s)", f"{rate} ({share} of the requests)")
+        slo = summary["slo"]
+        needed = f"{number(slo['required_share'], 'share')} of the requests must meet it"
+        table.add_row("SLO", f"{'met' if slo['met'] else 'MISSED'} ({needed})")
     return table
 
 

@@ -1,0 +1,145 @@
+"""Each rule of the verdict, on runs in which the one thing that it looks for was planted, and on runs without it."""
+
+import json
+
+import numpy as np
+import pytest
+from make_run import make_run, record, write_folder
+
+from twoclocks.load import load_run
+from twoclocks.verdict import verdict
+
+
+def plain(count=200, **fields):
+    """Records of a flawless run: an answer every 50 ms, TTFT 100 ms, gaps of 20 ms, all stamped by the kernel."""
+    return [
+        record(
+            f"{index:032x}",
+            **{
+                "intended_at": 0.05 * index,
+                "sent_at": 0.05 * index,
+                "ended_at": 0.05 * index + 0.3,
+                "chunk_us": [100_000 + index % 7, *[20_000] * 7],
+                "chunk_kinds": [("content", 8)],
+                "timestamp_source": "kernel",
+                "output_tokens": 8,
+                "prompt_tokens": 10,
+                "token_source": "usage",
+                "finish_reason": "length",
+            }
+            | {name: value(index) if callable(value) else value for name, value in fields.items()},
+        )
+        for index in range(count)
+    ]
+
+
+def reasons(folder, records, samples=(), experiment="", **meta):
+    write_folder(folder, records, **meta)
+    (folder / "self_samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    (folder / "experiment.yaml").write_text(experiment)
+    told = verdict(load_run(folder))
+    assert all(reason["reason"] and reason["remedy"] for reason in told["reasons"])
+    return told["level"], {reason["name"]: reason for reason in told["reasons"]}
+
+
+def second(at, lag=0.0002, cpu=0.2):
+    return {"at": at, "worker": 0, "loop_lag_s": [0.0001] * 17 + [lag] * 3, "cpu_s": cpu, "wall_s": 1.0}
+
+
+def test_a_flawless_run_is_valid(tmp_path):
+    assert reasons(tmp_path, plain(), [second(at) for at in range(1, 10)]) == ("VALID", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "samples", "experiment", "level"),
+    [
+        ("loop_lag", {"timestamp_source": "user"}, {"lag": 0.015}, "", "SUSPECT"),
+        ("loop_lag", {"reads_merged": 2}, {"lag": 0.04}, "", "SUSPECT"),
+        ("cpu", {}, {"cpu": 0.97}, "", "SUSPECT"),
+        ("stall", {}, {"lag": 0.3}, "", "SUSPECT"),
+        ("late_sends", {"intended_at": lambda i: 0.05 * i - 0.02}, {}, "", "SUSPECT"),
+        ("nothing_ok", {"status": "error", "error_kind": "http_500"}, {}, "", "INVALID"),
+        ("prefix_cache", {"cached_tokens": 6}, {}, "", "SUSPECT"),
+        ("short_outputs", {}, {}, "workload: {ignore_eos: true, max_tokens: 9}", "SUSPECT"),
+        ("tokens_disagree", {"output_tokens": 11}, {}, "", "SUSPECT"),
+        ("drift", {"chunk_us": lambda i: [100_000 + 600 * i, *[20_000] * 7]}, {}, "", "SUSPECT"),
+        ("before_server", {"server": {"queue_time_ms": 60, "time_to_first_token_ms": 90}}, {}, "", "INVALID"),
+        ("unjoined", {"server": lambda i: {"queue_time_ms": 1, "time_to_first_token_ms": 9} if i % 2 else None}, {}, "", "SUSPECT"),
+    ],
+)  # fmt: skip
+def test_what_is_planted_is_found_and_nothing_else(tmp_path, name, fields, samples, experiment, level):
+    told, found = reasons(tmp_path, plain(**fields), [second(at, **samples) for at in range(1, 10)], experiment)
+
+    assert (told, list(found)) == (level, [name])
+
+
+def test_kernel_stamps_hide_a_late_loop_as_long_as_no_reads_merge(tmp_path):
+    assert reasons(tmp_path, plain(), [second(at, lag=0.04) for at in range(1, 10)])[0] == "VALID"
+
+
+def test_reads_merged_by_the_server_are_not_ours_to_blame(tmp_path):
+    assert reasons(tmp_path, plain(reads_merged=4), [second(at) for at in range(1, 10)])[0] == "VALID"
+
+
+def test_connecting_is_no_late_send(tmp_path):
+    fields = {
+        "intended_at": lambda i: 0.05 * i - 0.02,
+        "connect_started_at": lambda i: 0.05 * i - 0.02,
+        "connected_at": lambda i: 0.05 * i,
+    }
+    assert reasons(tmp_path, plain(**fields))[0] == "VALID"
+
+
+@pytest.mark.parametrize(("count", "level"), [(99, "SUSPECT"), (100, "VALID")])
+def test_a_p99_needs_a_hundred(tmp_path, count, level):
+    assert reasons(tmp_path, plain(count))[0] == level
+
+
+def test_lost_records_and_a_kill_are_told(tmp_path):
+    level, found = reasons(tmp_path, plain(), lost_records=3, status="running")
+
+    assert (level, list(found)) == ("INVALID", ["lost_records", "killed"])
+    assert found["lost_records"]["figure"] == 3
+
+
+def counters(folder, first_tokens, falls=False):
+    """Two scrapes of a vLLM that gave so many first tokens between them."""
+    names = ("vllm:time_to_first_token_seconds_bucket", "vllm:time_to_first_token_seconds_count")
+    lines = []
+    for at, count in ((-1.0, 50), (11.0, 10 if falls else 50 + first_tokens)):
+        samples = [[names[0], {"le": "+Inf"}, count], [names[1], {}, count], [names[1][:-5] + "sum", {}, 0.1 * count]]
+        lines.append({"url": "u", "at": at, "until": at, "samples": samples, "error": None})
+    lines[0]["types"] = {"vllm:time_to_first_token_seconds": "histogram"}
+    folder.mkdir(exist_ok=True)
+    (folder / "server_samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+    ("first_tokens", "level"), [(200, "VALID"), (201, "VALID"), (210, "SUSPECT"), (400, "INVALID")]
+)
+def test_others_on_the_server_are_seen_in_its_counters(tmp_path, first_tokens, level):
+    counters(tmp_path, first_tokens)
+    told, found = reasons(tmp_path, plain())
+
+    assert told == level
+    if found:
+        assert found["foreign_traffic"]["figure"] == pytest.approx((first_tokens - 200) / first_tokens)
+
+
+def test_a_restart_is_seen_in_counters_that_fell(tmp_path):
+    counters(tmp_path, 0, falls=True)
+
+    assert reasons(tmp_path, plain())[0] == "INVALID"
+
+
+def test_a_short_change_by_chance_is_no_drift(tmp_path):
+    rng = np.random.default_rng(1)
+    jitter = rng.lognormal(0, 0.5, 400)
+
+    assert reasons(tmp_path, plain(200, chunk_us=lambda i: [round(1e5 * jitter[i]), *[20_000] * 7]))[0] == "VALID"
+
+
+def test_the_synthetic_runs_of_the_other_tests_are_whole(tmp_path):
+    make_run(tmp_path / "run", requests=120)
+
+    assert verdict(load_run(tmp_path / "run"))["level"] in ("VALID", "SUSPECT")

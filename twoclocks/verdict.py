@@ -1,0 +1,280 @@
+"""Verdict: can the figures of this run be believed? VALID, SUSPECT or INVALID, with reasons, figures and remedies.
+
+SUSPECT: something may have bent the figures; look before you quote them. INVALID: they do not measure what they claim.
+Each rule is one function over the run; it returns a Reason or nothing. The limits stand beside each rule, with why.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from twoclocks import expositions, metrics
+from twoclocks.load import Run
+
+Level = Literal["SUSPECT", "INVALID"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a run is not simply valid."""
+
+    level: Level
+    name: str
+    reason: str  # what was seen, in words, with the figure
+    figure: float | None
+    remedy: str  # how to go on
+
+
+def verdict(run: Run) -> dict[str, Any]:
+    """``{"level", "reasons": [...]}``, the gravest reasons first."""
+    found = [reason for rule in RULES if (reason := rule(run)) is not None]
+    found.sort(key=lambda reason: reason.level)  # INVALID before SUSPECT
+    return {"level": found[0].level if found else "VALID", "reasons": [asdict(reason) for reason in found]}
+
+
+# the load generator
+
+
+def _loop_lag(run: Run) -> Reason | None:
+    """A late loop reads late. Kernel stamps hide that until the reads of one stream lag by more than a gap."""
+    lag = _lags(run)
+    gap = _quantile(run.gaps.seconds, 0.5)
+    if not len(lag) or np.isnan(gap):
+        return None
+    p99 = _quantile(lag, 0.99)
+    if (run.ok["timestamp_source"] != "kernel").any():
+        # user-space stamps are late by what the loop is late; a tenth of a gap bends its percentiles visibly
+        if p99 <= max(0.1 * gap, 1e-3):
+            return None
+        text = f"the event loop, which stamped the arrivals, was up to {p99 * 1e3:.1f} ms late (p99)"
+    else:
+        merged = _merged_share(run)
+        if p99 <= gap or merged <= MERGED_SHARE:
+            return None
+        late = f"the event loop was up to {p99 * 1e3:.1f} ms late (p99), longer than a gap"
+        text = f"{late}, and {merged:.1%} of the reads held several tokens"
+    return Reason("SUSPECT", "loop_lag", text, p99, "use more processes (--processes 2) or fewer users")
+
+
+def _cpu(run: Run) -> Reason | None:
+    """A process that uses 90 % of a core has no time left when several streams want it at once."""
+    samples = run.self_samples
+    samples = samples[samples["at"].between(*run.window)]
+    if samples.empty:
+        return None
+    used = samples.groupby("worker")[["cpu_s", "wall_s"]].sum()
+    share = float((used["cpu_s"] / used["wall_s"]).max())
+    if share <= 0.9:
+        return None
+    text = f"a process of the load generator used {share:.0%} of a core"
+    return Reason("SUSPECT", "cpu", text, share, "use more processes (--processes 2) or fewer users")
+
+
+def _stall(run: Run) -> Reason | None:
+    """A machine that stood still shows as one tick that came very late: sends and stamps of that moment are wrong."""
+    lag = _lags(run)
+    longest = float(lag.max()) if len(lag) else 0.0
+    if longest <= STALL_S:
+        return None
+    text = f"the load generator stood still for {longest * 1e3:.0f} ms at least once"
+    return Reason("SUSPECT", "stall", text, longest, "look for other work on this machine, and run again")
+
+
+def _late_sends(run: Run) -> Reason | None:
+    """A request that goes out late waits where no clock of the server sees it. Connecting is apart, and not counted."""
+    connecting = (run.measured["connected_at"] - run.measured["connect_started_at"]).fillna(0)
+    late = (run.measured["sent_at"] - run.measured["intended_at"] - connecting).dropna().to_numpy()
+    p99 = _quantile(late, 0.99)
+    if not p99 > LATE_SEND_S:
+        return None
+    text = f"requests went out up to {p99 * 1e3:.1f} ms late (p99)"
+    return Reason("SUSPECT", "late_sends", text, p99, "use more processes (--processes 2) or fewer users")
+
+
+def _lost(run: Run) -> Reason | None:
+    """Records that never reached the master are in no figure, and nobody knows which."""
+    lost = int(run.meta.get("lost_records") or 0)
+    if not lost:
+        return None
+    text = f"{lost} records of the workers did not reach the master"
+    return Reason("INVALID", "lost_records", text, lost, "look at the workers' output, and run again")
+
+
+# the server and others on it
+
+
+def _restarted(run: Run) -> Reason | None:
+    """Counters that fell: what the server says covers only a part of the run."""
+    if not any(expositions.restarted(s, first) for s, first in zip(run.scrapes, run.first_scrapes, strict=True)):
+        return None
+    return Reason(
+        "INVALID", "server_restarted", "a server restarted during the run (its counters fell)", None, "run again"
+    )
+
+
+def _foreign_traffic(run: Run) -> Reason | None:
+    """The server gave more first tokens than we received: others had a share of it."""
+    gained = expositions.histogram_delta(run.scrapes, run.first_scrapes, "ttft") if run.scrapes else None
+    ours = int(run.scraped["ttft"].notna().sum())
+    if gained is None or gained.count <= ours:
+        return None
+    # a request that we cut off may have had its first token on the way; n > 1 counts each choice
+    unseen = int((run.scraped["status"] != "ok").sum())
+    share = (gained.count - ours - unseen) / gained.count
+    if share <= FOREIGN_SHARE or _is_n(run):
+        return None
+    text = f"{share:.1%} of the {gained.count:.0f} requests that the server answered were not ours"
+    level: Level = "INVALID" if share > 10 * FOREIGN_SHARE else "SUSPECT"
+    return Reason(level, "foreign_traffic", text, share, "keep others from the server while it is measured")
+
+
+def _prefix_cache(run: Run) -> Reason | None:
+    """Prompts that the server has seen before are answered from its cache, and TTFT is that of the cache."""
+    known = run.ok[run.ok["cached_tokens"].notna()]
+    total = known["prompt_tokens"].sum()
+    share = float(known["cached_tokens"].sum() / total) if total else 0.0
+    if share <= CACHED_SHARE:
+        return None
+    text = f"{share:.0%} of the prompt tokens came from the server's prefix cache"
+    return Reason(
+        "SUSPECT",
+        "prefix_cache",
+        text,
+        share,
+        "use more different prompts than the run sends, or say that reuse is the point",
+    )
+
+
+def _short_outputs(run: Run) -> Reason | None:
+    """Where the workload says how long answers are, shorter ones make the load lighter than planned."""
+    workload = run.experiment.get("workload") or {}
+    if not workload.get("ignore_eos"):
+        return None
+    asked, got = workload.get("max_tokens"), run.ok["output_tokens"].dropna()
+    if not asked or got.empty:
+        return None
+    share = float((got < asked).mean())
+    if share <= 0.01:
+        return None
+    text = f"{share:.0%} of the answers were shorter than the {asked} tokens asked for with ignore_eos"
+    return Reason("SUSPECT", "short_outputs", text, share, "does this server know ignore_eos?")
+
+
+# the measurement
+
+
+def _nothing_ok(run: Run) -> Reason | None:
+    """Without one whole answer there is nothing to report."""
+    if len(run.ok):
+        return None
+    return Reason("INVALID", "nothing_ok", "no measured request ended ok", 0, "look at the errors below")
+
+
+def _too_few(run: Run) -> Reason | None:
+    """A p99 of fewer than a hundred values is their maximum."""
+    count = len(run.ok)
+    if count == 0 or count >= MIN_FOR_P99:
+        return None
+    text = f"{count} requests are too few for a p99: it is little more than the slowest one"
+    return Reason(
+        "SUSPECT", "too_few", text, count, f"measure for longer, until {MIN_FOR_P99} requests or more have ended"
+    )
+
+
+def _before_server(run: Run) -> Reason | None:
+    """The client cannot have a token before the server has made it; if so a join or a clock is wrong."""
+    inside = run.ok["server_ttft"].fillna(run.ok["server_queue"])
+    margin = (run.ok["ttft"] - inside).dropna()
+    early = margin[margin < -CLOCK_S]
+    if early.empty:
+        return None
+    share = len(early) / len(margin)
+    worst = -early.min() * 1e3
+    text = f"{len(early)} of {len(margin)} first tokens came up to {worst:.1f} ms before the server made them"
+    level: Level = "INVALID" if share > 0.01 else "SUSPECT"
+    return Reason(level, "before_server", text, share, "report this: a join or a clock is wrong")
+
+
+def _tokens_disagree(run: Run) -> Reason | None:
+    """Chunks that do not add up to usage: ITL per token and throughput rest on a guess."""
+    known = run.ok[run.ok["token_source"].isin(["usage", "per-chunk usage"]) & run.ok["chunk_token_sum"].notna()]
+    # the end token is in usage and has no text of its own
+    off = (known["output_tokens"] - known["chunk_token_sum"]).abs() - (known["finish_reason"] == "stop")
+    share = float((off > 0).mean()) if len(known) else 0.0
+    if share <= 0.01:
+        return None
+    text = f"in {share:.0%} of the requests the tokens of the chunks do not add up to the server's usage count"
+    return Reason("SUSPECT", "tokens_disagree", text, share, "is n above 1, or does a parser hold text back?")
+
+
+def _drift(run: Run) -> Reason | None:
+    """The window should be one state: the two halves after the ramp, compared by rank, so that no tail decides."""
+    start, end = run.window
+    start += float((run.experiment.get("load") or {}).get("ramp_s") or 0)
+    rows = run.ok[run.ok["sent_at"] >= start]
+    for column, word in (("ttft", "TTFT"), ("tpot", "TPOT")):
+        early = rows.loc[rows["sent_at"] < (start + end) / 2, column].dropna()
+        late = rows.loc[rows["sent_at"] >= (start + end) / 2, column].dropna()
+        if min(len(early), len(late)) < MIN_FOR_DRIFT:
+            continue
+        change = late.median() / early.median() - 1
+        if abs(change) > DRIFT_SHARE and stats.mannwhitneyu(early, late).pvalue < DRIFT_P:
+            text = f"median {word} changed by {change:+.0%} between the halves of the window (after the ramp)"
+            return Reason("SUSPECT", "drift", text, float(change), "warm up for longer, or measure for longer")
+    return None
+
+
+def _unjoined(run: Run) -> Reason | None:
+    """A server that tells its timings tells them of every request, or of a sample nobody chose."""
+    joined = float(run.ok["server_source"].notna().mean()) if len(run.ok) else 0.0
+    if joined == 0 or joined >= 0.99:
+        return None
+    text = f"only {joined:.1%} of the requests could be joined with the server's own timing"
+    return Reason("SUSPECT", "unjoined", text, joined, "the violins of client and server show different requests")
+
+
+def _unfinished(run: Run) -> Reason | None:
+    """A run that was killed ends somewhere, and its slowest requests are the ones that are missing."""
+    if run.meta.get("status") != "running":
+        return None
+    return Reason("SUSPECT", "killed", "the run was killed or is still going on", None, "run again for a whole window")
+
+
+RULES: tuple[Callable[[Run], Reason | None], ...] = (
+    _nothing_ok, _lost, _restarted, _foreign_traffic, _before_server, _loop_lag, _cpu, _stall, _late_sends, _drift,
+    _prefix_cache, _short_outputs, _tokens_disagree, _unjoined, _too_few, _unfinished,
+)  # fmt: skip
+
+MERGED_SHARE = 0.01  # of the reads that brought tokens
+STALL_S = 0.1  # several gaps of any server; scheduling alone stays far below
+LATE_SEND_S = 0.005
+FOREIGN_SHARE = 0.01
+CACHED_SHARE = 0.2  # a chat template's common beginning stays below
+MIN_FOR_P99 = 100
+MIN_FOR_DRIFT = 20
+DRIFT_SHARE, DRIFT_P = 0.2, 0.01
+CLOCK_S = 0.001  # what two clocks of one machine may differ by within a request
+
+
+def _lags(run: Run) -> metrics.Floats:
+    """How late each tick of each process's loop was, in the window."""
+    samples = run.self_samples
+    inside = samples.loc[samples["at"].between(*run.window), "loop_lag_s"]
+    return np.concatenate([np.asarray(lags, dtype=np.float64) for lags in inside]) if len(inside) else np.empty(0)
+
+
+def _merged_share(run: Run) -> float:
+    chunks = int(run.arrivals.is_token.sum())
+    return float(run.requests["reads_merged"].sum() / chunks) if chunks else 0.0
+
+
+def _is_n(run: Run) -> bool:
+    return bool(((run.experiment.get("target") or {}).get("extra_body") or {}).get("n", 1) != 1)
+
+
+def _quantile(values: metrics.Floats | pd.Series, q: float) -> float:
+    return float(np.quantile(values, q)) if len(values) else float("nan")
