@@ -82,8 +82,8 @@ def test_exit_codes_say_whether_the_slo_was_met_and_the_run_holds(tmp_path, caps
     codes = {}
     for limit in (1, 60_000):
         (slo / "experiment.yaml").write_text(f"slo: {{ttft_ms: {limit}}}")
-        codes[limit] = main(["report", str(slo)])
+        codes[limit] = cli.main(["report", str(slo)])
 
     assert codes == {1: 1, 60_000: 0}
-    assert main(["report", str(failed)]) == 4
+    assert cli.main(["report", str(failed)]) == 4
     assert "Verdict: INVALID" in capsys.readouterr().out
