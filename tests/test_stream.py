@@ -227,6 +227,14 @@ def test_running_usage_counts_the_tokens_of_merged_chunks():
     assert (stream.output_tokens, stream.token_source) == (6, "per-chunk usage")
 
 
+def test_running_usage_counts_tokens_without_any_text():
+    empty = [delta(content="", usage={"completion_tokens": index + 1}) for index in range(3)]
+    last = delta(content="", finish_reason="length", usage={"completion_tokens": 4})
+    stream = read(delta(role="assistant", content="", usage={"completion_tokens": 0}), *empty, last, usage(4), DONE)
+
+    assert (stream.tokens, stream.token_source) == ([0, 1, 1, 1, 1, 0], "per-chunk usage")
+
+
 def test_running_usage_of_a_cut_stream_is_its_count():
     stream = read(
         delta(content="ab", usage={"completion_tokens": 2}), delta(content="c", usage={"completion_tokens": 3})

@@ -54,7 +54,7 @@ def test_a_flawless_run_is_valid(tmp_path):
     ("name", "fields", "samples", "experiment", "level"),
     [
         ("loop_lag", {"timestamp_source": "user"}, {"lag": 0.015}, "", "SUSPECT"),
-        ("loop_lag", {"reads_merged": 2}, {"lag": 0.04}, "", "SUSPECT"),
+        ("loop_lag", {"chunk_us": [100_000, 20_000, 20_000, 20_000, 0, 40_000, 20_000, 20_000]}, {"lag": 0.04}, "", "SUSPECT"),
         ("cpu", {}, {"cpu": 0.97}, "", "SUSPECT"),
         ("stall", {}, {"lag": 0.3}, "", "SUSPECT"),
         ("late_sends", {"intended_at": lambda i: 0.05 * i - 0.02}, {}, "", "SUSPECT"),
@@ -78,7 +78,9 @@ def test_kernel_stamps_hide_a_late_loop_as_long_as_no_reads_merge(tmp_path):
 
 
 def test_reads_merged_by_the_server_are_not_ours_to_blame(tmp_path):
-    assert reasons(tmp_path, plain(reads_merged=4), [second(at) for at in range(1, 10)])[0] == "VALID"
+    together = [100_000, 0, 0, 20_000, 20_000, 20_000, 20_000, 20_000]
+
+    assert reasons(tmp_path, plain(chunk_us=together), [second(at) for at in range(1, 10)])[0] == "VALID"
 
 
 def test_connecting_is_no_late_send(tmp_path):

@@ -130,7 +130,7 @@ def _same_traffic(run: Run) -> Found:
     name = "only_our_traffic"
     if gained is None:
         return name, None, "The server's count of answered requests was not read (absent, or it restarted)."
-    ours = int(run.scraped["ttft"].notna().sum())
+    ours = int(run.scraped["got_token"].sum())
     text = f"The server gave {gained.count:,.0f} first tokens while the client received {ours:,}."
     if gained.count > ours:
         text += " Others used the server too, requests ran with n > 1, or some were cut off."

@@ -207,7 +207,7 @@ def _arrivals(records: Sequence[Record], folder: Path) -> Chunks:
             tokens[start : start + count] = _floats(record.chunk_tokens)
         if record.chunk_choice is not None:
             choice[start : start + count] = _expand(record.chunk_choice)
-    tokens[np.isnan(tokens) & ~is_token] = 0.0  # a chunk without text brings no token, whatever its count says
+    tokens[np.isnan(tokens) & ~is_token] = 0.0  # no text and no count: no token
     return Chunks(request, sent_at[request] + (elapsed - before[request]) / 1e6, tokens, kind, is_token, choice)
 
 
@@ -231,10 +231,9 @@ def _requests(records: Sequence[Record], arrivals: Chunks, log: Path) -> pd.Data
     frame["latency_from_intended"] = metrics.last_token_at(arrivals, len(frame)) - frame["intended_at"]
     frame["ttft_from_intended"] = frame["ttft"] + frame["sent_at"] - frame["intended_at"]
     frame["first_event"] = metrics.first_event(arrivals, sent_at)
-    is_token = arrivals.is_token
-    frame["chunk_token_sum"] = np.bincount(
-        arrivals.request[is_token], weights=arrivals.tokens[is_token], minlength=len(frame)
-    )
+    # tokens without text (a part of a character, the end token) come in empty and finish chunks, and count too
+    frame["chunk_token_sum"] = np.bincount(arrivals.request, weights=arrivals.tokens, minlength=len(frame))
+    frame["got_token"] = frame["ttft"].notna() | (frame["output_tokens"] > 0)
     ids, in_band = [record.request_id for record in records], [record.server for record in records]
     for name, values in join(ids, in_band, output_tokens.tolist(), _log(log)).items():
         text = name in ("server_source", "server_unmatched")

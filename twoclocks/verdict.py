@@ -56,7 +56,7 @@ def _loop_lag(run: Run) -> Reason | None:
         if p99 <= gap or merged <= MERGED_SHARE:
             return None
         late = f"the event loop was up to {p99 * 1e3:.1f} ms late (p99), longer than a gap"
-        text = f"{late}, and {merged:.1%} of the reads held several tokens"
+        text = f"{late}, and {merged:.1%} of the tokens were read together with others"
     return Reason("SUSPECT", "loop_lag", text, p99, "use more processes (--processes 2) or fewer users")
 
 
@@ -119,7 +119,7 @@ def _restarted(run: Run) -> Reason | None:
 def _foreign_traffic(run: Run) -> Reason | None:
     """The server gave more first tokens than we received: others had a share of it."""
     gained = expositions.histogram_delta(run.scrapes, run.first_scrapes, "ttft") if run.scrapes else None
-    ours = int(run.scraped["ttft"].notna().sum())
+    ours = int(run.scraped["got_token"].sum())
     if gained is None or gained.count <= ours:
         return None
     # a request that we cut off may have had its first token on the way; n > 1 counts each choice
@@ -249,7 +249,7 @@ RULES: tuple[Callable[[Run], Reason | None], ...] = (
     _prefix_cache, _short_outputs, _tokens_disagree, _unjoined, _too_few, _unfinished,
 )  # fmt: skip
 
-MERGED_SHARE = 0.01  # of the reads that brought tokens
+MERGED_SHARE = 0.01
 STALL_S = 0.1  # several gaps of any server; scheduling alone stays far below
 LATE_SEND_S = 0.005
 FOREIGN_SHARE = 0.01
@@ -268,8 +268,9 @@ def _lags(run: Run) -> metrics.Floats:
 
 
 def _merged_share(run: Run) -> float:
-    chunks = int(run.arrivals.is_token.sum())
-    return float(run.requests["reads_merged"].sum() / chunks) if chunks else 0.0
+    """Share of token chunks that came in one read with the one before, so that their gap is lost."""
+    gaps = run.gaps.seconds
+    return float((gaps == 0).mean()) if len(gaps) else 0.0
 
 
 def _is_n(run: Run) -> bool:
