@@ -1,6 +1,7 @@
 """Compare: run folders -> one report with all of them side by side, their differences, and how sure these are."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,11 @@ def compare(
     for folder in folders:
         progress(f"reading {folder}")
         runs.append(load_run(folder))
+    runs = short_names(runs)
     out = out or runs[0].path.resolve().parent / ("compare-" + "-vs-".join(run.name for run in runs))
     progress("computing the differences")
     summary = differences(runs)
-    title = " vs ".join(run.name for run in runs)
+    title = " vs ".join(run.shown_name for run in runs)
     try:
         (out / "plots").mkdir(parents=True, exist_ok=True)
         write_json(out / "summary.json", summary)
@@ -70,6 +72,14 @@ def compare(
     except OSError as error:
         raise RunFolderError(f"{error.filename or out}: cannot be written: {error.strerror}") from None
     return Report(summary, html, out / VIOLIN)
+
+
+def short_names(runs: Sequence[Run]) -> list[Run]:
+    """The same runs, called by their experiments where those tell them apart; else by their folders."""
+    names = [str(run.experiment.get("name") or "") for run in runs]
+    if not all(names) or len(set(names)) < len(names):
+        return list(runs)
+    return [replace(run, short_name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, Any]:
@@ -113,17 +123,30 @@ def text(summary: dict[str, Any]) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="Medians, in ms", title_style="bold", title_justify="left", show_edge=False, pad_edge=False)
+    table = Table(
+        title="Side by side, in ms; Δ p50 is against the first run",
+        title_style="bold",
+        title_justify="left",
+        show_edge=False,
+        pad_edge=False,
+    )
     table.add_column("metric", no_wrap=True)
-    table.add_column("run", overflow="fold")
-    for heading in ("n", "mean", "p50", "p99", "difference of p50", "95 % interval"):
+    table.add_column("run", no_wrap=True)
+    for heading in ("n", "mean", "p50", "p99", "Δ p50", "95 % interval"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in summary["rows"]:
         low, high = (terminal.number(row[key], "s") for key in ("low", "high"))
         values = [terminal.number(row[key], "s") for key in ("mean", "p50", "p99", "difference")]
         values.append("–" if row["low"] is None else f"{low} .. {high}")
         table.add_row(row["label"] if row["first"] else "", Text(terminal.plain(row["run"])), f"{row['n']:,}", *values)
-    lines = [Text(f"{run['run']}: {run['partial']}", style="bold yellow") for run in summary["runs"] if run["partial"]]
+    lines = [
+        Text(f"{run['label']}: {run['verdict']['level']}; {reason['reason']}; {reason['remedy']}.")
+        for run in summary["runs"]
+        for reason in run["verdict"]["reasons"]
+    ]
+    lines += [
+        Text(f"{run['label']}: {run['partial']}", style="bold yellow") for run in summary["runs"] if run["partial"]
+    ]
     if summary["load_differs"]:
         keys = ", ".join(summary["load_differs"])
         lines.append(Text(f"The runs did not do the same work: {keys} differ.", style="bold"))
@@ -141,7 +164,7 @@ def _rows(runs: Sequence[Run], metric: str) -> list[dict[str, Any]]:
             "metric": metric,
             "label": label,
             "side": side,
-            "run": run.name,
+            "run": run.shown_name,
             "first": number == 0,
             "unit": "s",
         }

@@ -40,11 +40,17 @@ class Run:
     experiment: dict[str, Any]  # experiment.yaml
     requests: pd.DataFrame  # one row a request: the record's fields, the metrics, the server's timings
     arrivals: Chunks  # the same chunks as ``chunks``, as arrays
+    short_name: str | None = None  # given where several runs stand side by side
 
     @property
     def name(self) -> str:
         """The run folder's name."""
         return self.path.resolve().name
+
+    @property
+    def shown_name(self) -> str:
+        """How tables and figures call it."""
+        return self.short_name or self.name
 
     @cached_property
     def chunks(self) -> pd.DataFrame:

@@ -34,6 +34,7 @@ from twoclocks.target import metrics_urls, resolve
 from twoclocks.user import Sender, StreamingUser
 from twoclocks.workload import load_prompts, plans
 
+PROGRESS_S = 15.0
 WORKER_GRACE_S = 15.0  # beyond the drain, for a worker's last lines to arrive
 
 log = logging.getLogger("twoclocks")
@@ -53,6 +54,7 @@ class MasterSide:
         self.collectors: Collectors | None = None
         self.timer: gevent.Greenlet | None = None
         self.watch: gevent.Greenlet | None = None
+        self.progress: gevent.Greenlet | None = None
         self.sender: Sender | None = None
         self.zero_ns = 0
         self.model = ""
@@ -141,6 +143,8 @@ class MasterSide:
         self.folder.write_meta(window={"started_at": self._now(), "ended_at": None})
         log.info("measuring for load.duration_s = %g s", experiment.load.duration_s)
         self.timer = gevent.spawn_later(experiment.load.duration_s, self._time_is_up)
+        if self.options.headless:
+            self.progress = gevent.spawn(self._show_progress)
         if self.environment.web_ui is not None:
             # Locust's timer began before the warm-up; the clock that counts is the one above
             self.environment.web_ui._cancel_run_time_timer()
@@ -216,6 +220,21 @@ class MasterSide:
     def _now(self) -> float:
         return (time.monotonic_ns() - self.zero_ns) / 1e9
 
+    def _show_progress(self) -> None:
+        """A line now and then, for those who keep Locust's tables away with --only-summary."""
+        started_at = self._now()
+        while True:
+            gevent.sleep(PROGRESS_S)
+            total = self.environment.stats.total
+            log.info(
+                "%.0f s of %g s: %d users, %d requests ended, %d of them failed",
+                self._now() - started_at,
+                self.experiment.load.duration_s,
+                self.runner.user_count,
+                total.num_requests,
+                total.num_failures,
+            )
+
     def _time_is_up(self) -> None:
         self.time_is_up = True
         log.info("time is up; running streams may go on for load.drain_s = %g s", self.experiment.load.drain_s)
@@ -263,8 +282,9 @@ class MasterSide:
         """The window ends here; what still streams may go on until it is drained."""
         if self.folder is None:
             return
-        if self.timer is not None:
-            self.timer.kill(block=False)
+        for greenlet in (self.timer, self.progress):
+            if greenlet is not None:
+                greenlet.kill(block=False)
         if self.sender is not None:
             self.sender.stopping = True
         if self.folder.meta["window"]["ended_at"] is None:

@@ -62,7 +62,7 @@ def violins(runs: Sequence[Run], path: Path, title: str) -> None:
     labels = ["client (left half): as it arrived", "server (right half): as it says", "median"]
     head.legend(handles, labels, loc="lower left", ncols=3, frameon=False, fontsize=11)
     for axes, panel in zip(body.subplots(rows, columns).flat, _panels(runs), strict=True):
-        _draw(axes, panel, [run.name for run in runs], footnote_width=int(15.5 * width / columns))
+        _draw(axes, panel, [run.shown_name for run in runs], footnote_width=int(15.5 * width / columns))
     figure.savefig(path)
 
 

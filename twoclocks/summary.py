@@ -43,6 +43,7 @@ def summarise(run: Run) -> dict[str, Any]:
     summary = {
         "twoclocks_version": __version__,
         "run": run.name,
+        "label": run.shown_name,
         "status": run.meta.get("status"),
         "partial": _partial(run),
         "verdict": verdict(run),
