@@ -53,7 +53,12 @@ def bucket(interval: dict[str, float | None] | None) -> str:
         return f"> {number(lower, 's')}"
     if estimate is None:
         return f"< {number(upper, 's')}"
-    return f"{(lower or 0) * 1e3:g} .. {upper * 1e3:g} (~{estimate * 1e3:,.3g})"
+    return f"{(lower or 0) * 1e3:,g} .. {upper * 1e3:,g} (~{_rounded(estimate)})"
+
+
+def _rounded(seconds: float) -> str:
+    """An estimate in ms, in three digits, never as a power of ten."""
+    return f"{float(f'{seconds * 1e3:.3g}'):,.12g}"
 
 
 def plain(text: object) -> str:
