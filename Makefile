@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo install test lint format clean
+.PHONY: demo install test lint format bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python scripts/demo.py
@@ -32,6 +32,10 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# The instrument against a known schedule and a bare C reader: minutes, on a quiet machine. ARGS="--quick" is shorter.
+bench: $(INSTALLED)
+	@$(BIN)/python benchmarks/bench.py $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

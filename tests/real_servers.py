@@ -1,0 +1,54 @@
+"""Fixtures: a real vLLM and a real `transformers serve` on a random 5 M-parameter Llama, started once a test session.
+
+They install what is missing (scripts/prepare.py): the first use on a machine takes minutes, later ones the start alone.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from twoclocks.servers import Server, ServerKind, started_server
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL_NAME = "tiny-random-llama"
+
+
+def prepared(*names: str) -> dict[str, Path]:
+    """Makes what is missing; the Python of an environment and the folder of a model, by name."""
+    command = [sys.executable, str(ROOT / "scripts" / "prepare.py"), *names]
+    # Progress is left to standard error, for `pytest -s` and for CI's log of a slow first run.
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        pytest.fail(
+            f"scripts/prepare.py could not make {', '.join(names)}; its reason is on standard error", pytrace=False
+        )
+    return {name: Path(path) for name, _, path in (line.partition("=") for line in done.stdout.splitlines())}
+
+
+def started(kind: ServerKind, log_folder: Path, *flags: str) -> Iterator[Server]:
+    paths = prepared(kind, "tiny")
+    with started_server(
+        kind=kind,
+        python=paths[kind],
+        model=paths["tiny"],
+        served_model_name=MODEL_NAME,
+        log_path=log_folder / "server.log",
+        flags=flags,
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def real_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """vLLM with per-request metrics."""
+    folder = tmp_path_factory.mktemp("vllm")
+    yield from started("vllm", folder, "--max-model-len", "2048", "--max-num-seqs", "16")
+
+
+@pytest.fixture(scope="session")
+def real_transformers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`transformers serve` with continuous batching."""
+    yield from started("transformers", tmp_path_factory.mktemp("transformers"))
