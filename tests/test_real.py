@@ -1,4 +1,4 @@
-"""A run against the real vLLM and the real `transformers serve`, with a tiny random model: what is claimed of them holds."""
+"""Runs against the real vLLM and the real `transformers serve`, with a tiny random model."""
 
 import json
 import subprocess

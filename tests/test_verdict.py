@@ -9,6 +9,9 @@ from make_run import make_run, record, write_folder
 from twoclocks.load import load_run
 from twoclocks.verdict import verdict
 
+IN_BAND = {"queue_time_ms": 1, "time_to_first_token_ms": 9}
+TOGETHER = [100_000, 20_000, 20_000, 20_000, 0, 40_000, 20_000, 20_000]
+
 
 def plain(count=200, **fields):
     """Records of a flawless run: an answer every 50 ms, TTFT 100 ms, gaps of 20 ms, all stamped by the kernel."""
@@ -54,7 +57,7 @@ def test_a_flawless_run_is_valid(tmp_path):
     ("name", "fields", "samples", "experiment", "level"),
     [
         ("loop_lag", {"timestamp_source": "user"}, {"lag": 0.015}, "", "SUSPECT"),
-        ("loop_lag", {"chunk_us": [100_000, 20_000, 20_000, 20_000, 0, 40_000, 20_000, 20_000]}, {"lag": 0.04}, "", "SUSPECT"),
+        ("loop_lag", {"chunk_us": TOGETHER}, {"lag": 0.04}, "", "SUSPECT"),
         ("cpu", {}, {"cpu": 0.97}, "", "SUSPECT"),
         ("stall", {}, {"lag": 0.3}, "", "SUSPECT"),
         ("late_sends", {"intended_at": lambda i: 0.05 * i - 0.02}, {}, "", "SUSPECT"),
@@ -64,7 +67,7 @@ def test_a_flawless_run_is_valid(tmp_path):
         ("tokens_disagree", {"output_tokens": 11}, {}, "", "SUSPECT"),
         ("drift", {"chunk_us": lambda i: [100_000 + 600 * i, *[20_000] * 7]}, {}, "", "SUSPECT"),
         ("before_server", {"server": {"queue_time_ms": 60, "time_to_first_token_ms": 90}}, {}, "", "INVALID"),
-        ("unjoined", {"server": lambda i: {"queue_time_ms": 1, "time_to_first_token_ms": 9} if i % 2 else None}, {}, "", "SUSPECT"),
+        ("unjoined", {"server": lambda i: IN_BAND if i % 2 else None}, {}, "", "SUSPECT"),
     ],
 )  # fmt: skip
 def test_what_is_planted_is_found_and_nothing_else(tmp_path, name, fields, samples, experiment, level):

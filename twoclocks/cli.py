@@ -34,7 +34,10 @@ def _report(options: argparse.Namespace) -> int:
     built = report.build(options.run, _progress)
     _show(terminal.render(built.summary))
     print(f"report: {built.html}\nviolin: {built.violin}")
-    return 0
+    if built.summary["verdict"]["level"] == "INVALID":
+        return 4
+    slo = built.summary["slo"]
+    return 1 if slo and not slo["met"] else 0
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -43,6 +46,16 @@ def _compare(options: argparse.Namespace) -> int:
     built = compare.compare(options.runs, options.out, _progress)
     print(compare.text(built.summary))
     print(f"comparison: {built.html}\nviolin: {built.violin}")
+    return 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from twoclocks import calibrate, calibration
+
+    made = calibrate.calibrate(*calibrate.chosen(options), _progress)
+    print(calibration.text(made))
+    for path in [options.out, *([options.into / "calibration.json"] if options.into else [])]:
+        print(f"calibration: {calibration.save(made, path)}")
     return 0
 
 
@@ -77,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common],
         help="make the summary, plots and report of a run from its raw files",
         description="Make summary.json, summary.txt, vllm_bench.json, plots and report.html from a run's raw files.",
-        epilog="Example: twoclocks report output/demo-vllm",
+        epilog="Example: twoclocks report output/demo-vllm. Exit code: 0; 1: SLO missed; 4: the run is INVALID.",
     )
     report.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
     report.set_defaults(command=_report)
@@ -91,6 +104,28 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the runs' folders, two or more")
     compare.add_argument("--out", type=Path, help="its folder (default: compare-A-vs-B beside the first run)")
     compare.set_defaults(command=_compare)
+    calibrate = commands.add_parser(
+        "calibrate",
+        parents=[common],
+        help="measure this tool's own error at an experiment's load on this machine",
+        description="Replay an experiment's load against a server on this machine whose sends are known, and show how "
+        "far off the figures are. Reports of runs of about the same load then carry this error.",
+        epilog="Example: twoclocks calibrate configs/demo-vllm.yaml --tpot-ms 15",
+    )
+    calibrate.add_argument(
+        "experiment", metavar="EXPERIMENT", nargs="?", type=Path, help="default: configs/default.yaml"
+    )
+    calibrate.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one of its keys")
+    calibrate.add_argument("--like", metavar="RUN", type=Path, help="take experiment and rates from this run's folder")
+    calibrate.add_argument("--ttft-ms", type=float, help="request to first token (default: 100, or as in --like)")
+    calibrate.add_argument("--tpot-ms", type=float, help="time a token (default: 20, or as in --like)")
+    calibrate.add_argument("--chunk-tokens", type=int, help="tokens a chunk (default: 1, or as in --like)")
+    calibrate.add_argument("--output-tokens", type=int, help="of every answer (default: max_tokens, or as in --like)")
+    calibrate.add_argument("--seconds", type=float, help="how long to measure after the ramp (default: 15)")
+    calibrate.add_argument("--processes", type=int, help="Locust workers, as in the run it is for (default: 1)")
+    calibrate.add_argument("--out", metavar="FILE", type=Path, help="where to store it (default: the user's cache)")
+    calibrate.add_argument("--into", metavar="RUN", type=Path, help="also add it to this run's folder")
+    calibrate.set_defaults(command=_calibrate)
     return parser
 
 

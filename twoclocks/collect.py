@@ -1,9 +1,9 @@
 """The collectors: a child process that reads what the server says of itself while the load runs.
 
-A process of its own, because parsing a page of metrics takes longer than the gap between two tokens. It is told its work
-in the first line of standard input and answers with a line after the first scrape; a line `scrape` asks for one more, now,
-and is answered too; after the line `stop` it ends, with a last scrape once the server is idle; when its parent dies it
-ends at once, since then its input does.
+A process of its own, because parsing a page of metrics takes longer than the gap between two tokens. The first line of
+its standard input says what to do, and is answered after the first scrape; a line `scrape` asks for one more, and is
+answered too; after a line `stop` it ends, with a last scrape once the server is idle; when its parent dies it ends at
+once, since then its input does.
 """
 
 import select
@@ -100,7 +100,7 @@ class Scraper:
 
 
 class LogTail:
-    """Copies what is appended to a server's log into the run folder; a file that shrank or was replaced is read anew."""
+    """Copies what is appended to a server's log into the run folder; follows rotation and truncation."""
 
     def __init__(self, source: Path, copy: Path) -> None:
         self.source = source
@@ -158,7 +158,7 @@ def main() -> None:
         _answer({scraper.url: scraper.scrape() for scraper in scrapers})
         due = time.monotonic()
         while True:
-            due = max(due + job.interval_s, time.monotonic())  # a slow page delays the next scrape, it does not double it
+            due = max(due + job.interval_s, time.monotonic())  # a slow page delays the next scrape
             command = _wait(commands, due - time.monotonic())
             if tail:
                 tail.copy()

@@ -1,11 +1,11 @@
 """Errors of ours, each with the exit code a command ends with.
 
-    TwoclocksError          2   anything the user can mend: one line saying what was wrong, where, and how to go on
+    TwoclocksError          2   what the user can mend: one line saying what was wrong, where, and how to go on
     ├── ExperimentError     2   an experiment or request file that cannot be used
     ├── RunFolderError      2   a run folder that cannot be read
     └── TargetError         3   the server is not reachable or not ready
 
-A failure of the server under test during the run is data (a record with a status and an error kind), never an exception.
+A failure of the server under test is data (a record with a status and an error kind), never an exception.
 """
 
 

@@ -36,7 +36,7 @@ class RunFolder:
     def create(cls, experiment: Experiment, now: datetime | None = None) -> "RunFolder":
         """A new folder ``<output>/<time>-<name>`` with the experiment as resolved. Raises RunFolderError."""
         name = re.sub(r"[^\w.-]+", "-", experiment.name)[:80]
-        stamp = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")  # noqa: DTZ005  a name people read: local time
+        stamp = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")  # a name people read: local time
         parent = Path(experiment.output)
         for attempt in range(100):
             path = parent / (f"{stamp}-{name}" + (f"-{attempt + 1}" if attempt else ""))

@@ -55,7 +55,7 @@ def _first_model(client: httpx.Client, target: Target) -> str:
         raise TargetError(f"{target.url}/v1/models: no answer ({_reason(error)}); {how}") from None
     if response.status_code in (401, 403):
         raise TargetError(
-            f"{target.url}/v1/models: status {response.status_code}; put the API key into the variable {target.api_key_env}"
+            f"{target.url}/v1/models: status {response.status_code}; put the API key into {target.api_key_env}"
         )
     if not response.is_success:
         raise TargetError(f"{target.url}/v1/models: status {response.status_code}; {how}")

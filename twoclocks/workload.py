@@ -78,7 +78,7 @@ def _prompt(line: bytes, number: int, path: Path, api: str) -> Prompt:
 
 
 def request_body(prompt: Prompt, experiment: Experiment, model: str) -> bytes:
-    """The JSON body of a streamed completion request. ``target.extra_body`` wins over all, a prompt over the defaults."""
+    """The JSON body of a streamed request. ``target.extra_body`` wins over all, a prompt over the defaults."""
     target, workload = experiment.target, experiment.workload
     body: dict[str, Any] = {"model": model, "max_tokens": workload.max_tokens, "stream": True}
     # usage in the stream is asked for everywhere; a running count on each chunk only where it is known to be accepted,
