@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 import yaml
+from make_run import make_run
 
 from twoclocks import load_run
 from twoclocks.calibrate import (
@@ -29,9 +30,12 @@ from twoclocks.calibration import (
     text,
 )
 from twoclocks.cli import main
+from twoclocks.compare import compare
 from twoclocks.errors import RunFolderError, TwoclocksError
 from twoclocks.experiment import Experiment, Load, Target, Workload, load_experiment
 from twoclocks.record import Record
+from twoclocks.summary import summarise
+from twoclocks.terminal import render, to_text
 from twoclocks.truth import ErrorFigures, SentLog, differences, error_figures, mean_streams, read_log, seen
 
 MS = 1_000_000
@@ -358,3 +362,30 @@ def test_a_load_in_which_nothing_ended_is_an_error(tmp_path, request_file):
         folder = run_locust(raw, tmp_path, set(), 1)
     with pytest.raises(TwoclocksError, match="no request could be compared"):
         judge(folder, read_log(log_path), Replay(), None, [])
+
+
+def test_reports_mark_what_is_smaller_than_the_instruments_error(tmp_path):
+    """The planted server's TPOT differs from the client's by less than a huge bar, and by more than a tiny one."""
+    for name, slow in (("a", 1.0), ("b", 1.02)):
+        make_run(tmp_path / name, requests=40, slow=slow)
+    told = {}
+    for p99 in (1e-9, 1e3):
+        for name in ("a", "b"):
+            save(
+                calibration(errors=dict.fromkeys(("ttft", "gap", "tpot", "e2e"), figures(p99))),
+                tmp_path / name / "calibration.json",
+            )
+        summary = summarise(load_run(tmp_path / "a"))
+        rows = {row["resolved"] for row in summary["client_vs_server"] if row["difference"] is not None}
+        compared = compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out").summary["rows"]
+        verdicts = {row["verdict"] for row in compared if not row["first"] and row["n"]}
+        shown = to_text(render(summary))
+        told[p99] = (rows, "not resolved" in verdicts, "(not resolved)" in shown, "The instrument's own error" in shown)
+
+    assert told == {1e-9: ({True}, False, False, True), 1e3: ({False}, True, True, True)}
+
+
+def test_a_run_without_a_calibration_says_how_to_make_one(tmp_path):
+    make_run(tmp_path / "a", requests=10)
+
+    assert "twoclocks calibrate --like RUN" in to_text(render(summarise(load_run(tmp_path / "a"))))

@@ -78,6 +78,12 @@ def resolves(difference_s: float, calibration: Calibration, metric: str = "ttft"
     return abs(difference_s) > bar(calibration, metric)
 
 
+def error_bars(calibration: Calibration) -> dict[str, float]:
+    """The error bar, in seconds, of each metric that was compared; of the per-request means of gaps, that of a gap."""
+    names = {"ttft": "ttft", "tpot": "tpot", "e2e": "e2e", "itl": "gap", "itl_mean": "gap"}
+    return {name: bar(calibration, of) for name, of in names.items() if calibration.errors[of].p99 is not None}
+
+
 def kept_folder() -> Path:
     """Where the calibrations of this user are kept."""
     return cache_folder() / "calibration"
@@ -134,7 +140,7 @@ def calibration_of(run: "Run", kept_in: Path | None = None) -> Calibration | Non
     return load_calibration(
         mean_streams(measured["sent_at"].to_numpy(), measured["ended_at"].to_numpy(), (start, end)),
         float(inside.sum() / (end - start)) if end > start else math.nan,
-        hostname=(run.meta.get("host") or {}).get("hostname"),
+        hostname=(run.meta.get("host") or {}).get("hostname") or "unknown",
         reader=run.meta.get("reader"),
         run=run.path,
         kept_in=kept_in,

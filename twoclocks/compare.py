@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from twoclocks import __version__, terminal
+from twoclocks.calibration import calibration_of, error_bars
 from twoclocks.errors import RunFolderError, TwoclocksError
 from twoclocks.load import Run, load_run
 from twoclocks.metrics import Floats
@@ -85,11 +86,13 @@ def short_names(runs: Sequence[Run]) -> list[Run]:
 def differences(runs: Sequence[Run]) -> dict[str, Any]:
     """Every figure of a comparison; the keys are those of its summary.json. Seconds."""
     differing = settings_differ(runs)
+    calibrations = [calibration_of(run) for run in runs]
+    bars = [error_bars(calibration) if calibration else {} for calibration in calibrations]
     return {
         "twoclocks_version": __version__,
         "runs": [summarise(run) for run in runs],
         "interval_definition": INTERVAL,
-        "rows": [row for metric in ROWS for row in _rows(runs, metric)],
+        "rows": [row for metric in ROWS for row in _rows(runs, bars, metric)],
         "settings_differ": differing,
         "load_differs": [row["key"] for row in differing if row["key"].startswith(_SAME_WORK)],
     }
@@ -138,6 +141,8 @@ def text(summary: dict[str, Any]) -> str:
         low, high = (terminal.number(row[key], "s") for key in ("low", "high"))
         values = [terminal.number(row[key], "s") for key in ("mean", "p50", "p99", "difference")]
         values.append("–" if row["low"] is None else f"{low} .. {high}")
+        if row["verdict"] == "not resolved":
+            values[3] += " *"
         table.add_row(row["label"] if row["first"] else "", Text(terminal.plain(row["run"])), f"{row['n']:,}", *values)
     lines = [
         Text(f"{run['label']}: {run['verdict']['level']}; {reason['reason']}; {reason['remedy']}.")
@@ -147,13 +152,15 @@ def text(summary: dict[str, Any]) -> str:
     lines += [
         Text(f"{run['label']}: {run['partial']}", style="bold yellow") for run in summary["runs"] if run["partial"]
     ]
+    if any(row["verdict"] == "not resolved" for row in summary["rows"]):
+        lines.append(Text("* smaller than the instrument's own error at this load: not resolved."))
     if summary["load_differs"]:
         keys = ", ".join(summary["load_differs"])
         lines.append(Text(f"The runs did not do the same work: {keys} differ.", style="bold"))
     return terminal.to_text(Group(table, *lines))
 
 
-def _rows(runs: Sequence[Run], metric: str) -> list[dict[str, Any]]:
+def _rows(runs: Sequence[Run], bars: Sequence[dict[str, float]], metric: str) -> list[dict[str, Any]]:
     label, side = ROWS[metric]
     values = [run.ok[metric].dropna().to_numpy(dtype=np.float64) for run in runs]
     if not any(len(one) for one in values):
@@ -172,10 +179,12 @@ def _rows(runs: Sequence[Run], metric: str) -> list[dict[str, Any]]:
         row |= distribution(of_run)
         if number and len(of_run) and len(values[0]):
             row["difference"] = float(np.median(of_run) - np.median(values[0]))
+            unresolved = abs(row["difference"]) <= max(bars[0].get(metric, 0.0), bars[number].get(metric, 0.0))
+            row["verdict"] = "not resolved" if unresolved else None
             if min(len(of_run), len(values[0])) >= LEAST:
                 _, low, high = median_difference(values[0], of_run)
                 verdict = "within chance" if low <= 0 <= high else "slower" if low > 0 else "faster"
-                row |= {"low": low, "high": high, "verdict": verdict}
+                row |= {"low": low, "high": high, "verdict": row["verdict"] or verdict}
         rows.append(row)
     return rows
 

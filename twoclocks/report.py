@@ -74,6 +74,8 @@ def page(template: str, **values: Any) -> str:
         scraped_span=terminal.scraped_span,
         shown_unit=terminal.shown_unit,
         plain=terminal.plain,
+        instrument=terminal.instrument,
+        resolved=terminal.resolved,
         plain_lines=lambda text: "\n".join(terminal.plain(line) for line in text.splitlines()),
         short=terminal.SHORT,
         labels=terminal.LABELS,

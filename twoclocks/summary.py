@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from twoclocks import __version__, expositions, metrics
+from twoclocks.calibration import Calibration, calibration_of, error_bars
 from twoclocks.checks import checks, joined
 from twoclocks.expositions import HISTOGRAMS
 from twoclocks.join import DEFINITIONS
@@ -40,6 +41,7 @@ SAME_TRAFFIC = 0.01
 
 def summarise(run: Run) -> dict[str, Any]:
     """Every figure of a run; the keys are those of summary.json."""
+    calibration = calibration_of(run)
     summary = {
         "twoclocks_version": __version__,
         "run": run.name,
@@ -54,7 +56,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "figures": _figures(run),
         "errors": _errors(run.measured),
         "join": joined(run.ok),
-        "client_vs_server": client_vs_server(run.ok),
+        "instrument": _instrument(calibration),
+        "client_vs_server": client_vs_server(run.ok, error_bars(calibration) if calibration else {}),
         "scraped": _scraped(run),
         "server_window": server_window(run),
         "checks": checks(run),
@@ -73,8 +76,12 @@ def distribution(values: Floats) -> dict[str, Any]:
     return {"n": len(known), "mean": float(known.mean()), **quantiles, **extremes}
 
 
-def client_vs_server(ok: pd.DataFrame) -> list[dict[str, Any]]:
-    """Mean and median of what both clocks say of the very same requests; and what only the server can see."""
+def client_vs_server(ok: pd.DataFrame, error_bars: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
+    """Mean and median of what both clocks say of the very same requests; and what only the server can see.
+
+    With the instrument's error bars (seconds) a row says whether its difference is larger: `resolved`.
+    """
+    bars = error_bars or {}
     rows: list[dict[str, Any]] = []
     for source, told in ok[ok["server_source"].notna()].groupby("server_source"):
         for metric, meaning in DEFINITIONS[str(source)].items():
@@ -98,6 +105,9 @@ def client_vs_server(ok: pd.DataFrame) -> list[dict[str, Any]]:
                         "client": client,
                         "server": server,
                         "difference": None if client is None else client - server,
+                        "resolved": None
+                        if client is None or metric not in bars
+                        else abs(client - server) > bars[metric],
                         "source": source,
                         "what_differs": what_differs,
                         "server_definition": meaning,
@@ -217,6 +227,21 @@ def _figures(run: Run) -> dict[str, Any]:
         figures["goodput"] = one(rate, "requests/s", f"{definition(metrics.goodput)} SLO: {in_slo}")
         figures["goodput_share"] = one(share, "share", f"{definition(metrics.meets_slo)} SLO: {in_slo}")
     return figures
+
+
+def _instrument(calibration: Calibration | None) -> dict[str, Any] | None:
+    """The instrument's own error at about this load, if it was calibrated."""
+    if calibration is None:
+        return None
+    return {
+        "error_bars": error_bars(calibration),
+        "unit": "s",
+        "definition": "p99 of |client - known schedule| in a calibration at about this load, by `twoclocks calibrate`",
+        "streams": calibration.streams,
+        "chunks_per_s": calibration.chunks_per_s,
+        "reader": calibration.reader,
+        "made_at_unix": calibration.made_at_unix,
+    }
 
 
 def _slo(run: Run) -> dict[str, Any] | None:

@@ -93,7 +93,23 @@ def _verdict(summary: dict[str, Any]) -> RenderableType:
         Text.assemble("  ", (reason["level"], COLOURS[reason["level"]]), f" {reason['reason']}; {reason['remedy']}.")
         for reason in reasons
     ]
-    return Group(*lines)
+    return Group(*lines, Text("  " + instrument(summary["instrument"]), style="dim"))
+
+
+def instrument(told: dict[str, Any] | None) -> str:
+    """The instrument's own error at about this load, in words."""
+    if told is None:
+        return "The instrument's own error at this load was not measured here: twoclocks calibrate --like RUN"
+    bars = ", ".join(
+        f"{SHORT[name]} {seconds * 1e3:.2g} ms" for name, seconds in told["error_bars"].items() if name in SHORT
+    )
+    load = f"{told['streams']:.0f} streams, {told['chunks_per_s']:,.0f} chunks/s"
+    return f"The instrument's own error at about this load ({load}; p99): {bars}"
+
+
+def resolved(row: dict[str, Any]) -> str:
+    """What to add to a difference that is smaller than the instrument's own error."""
+    return " (not resolved)" if row.get("resolved") is False else ""
 
 
 def to_text(renderable: RenderableType) -> str:
@@ -168,6 +184,7 @@ def _client_vs_server(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         told = "" if row["statistic"] == "p50" else row["what_differs"]
         values = [number(row[key], "s") for key in ("client", "server", "difference")]
+        values[-1] += resolved(row)
         name, last = f"{SHORT[row['metric']]} {row['statistic']}", row["statistic"] == "p50"
         table.add_row(name, f"{row['n']:,}", *values, told, end_section=last)
     return table
