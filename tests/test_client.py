@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 from fake_server import (
@@ -24,15 +25,37 @@ from fake_server import (
     words,
 )
 
-from twoclocks.client import Connection, Origin, _gaps_us, make_endpoint, send
+from twoclocks.client import Connection, Origin, _gaps_us, send
+from twoclocks.endpoint import make_endpoint
 from twoclocks.errors import ExperimentError
 from twoclocks.experiment import Target, Timeouts
 from twoclocks.record import expand
 from twoclocks.workload import Plan, Prompt
 
+try:
+    from twoclocks._native import Reader
+except ImportError:
+    Reader = None
+
 TIMEOUTS = Timeouts(connect_s=2, first_token_s=0.4, idle_s=0.3, total_s=5)
 ROLE = delta(role="assistant", content="")
 FINISH = delta(finish_reason="stop")
+
+
+@pytest.fixture(autouse=True, params=["python", "native"])
+def connection_of_each_reader(request, monkeypatch):
+    """Every test holds for both readers."""
+    if request.param == "python":
+        yield
+        return
+    if Reader is None:
+        pytest.skip("the native reader was not built here")
+    from twoclocks.native import NativeReader
+
+    native = NativeReader()
+    monkeypatch.setattr(sys.modules[__name__], "Connection", partial(Connection, reader=native.receive))
+    yield
+    native.close()
 
 
 def ask(server_or_url, timeouts=TIMEOUTS, count=1, target=None, keep_text=True):
@@ -92,13 +115,14 @@ def test_kernel_stamps_survive_a_client_that_is_busy():
     """Bytes that lay in the socket for 0.3 s while Python was away still carry the time at which they came."""
     with FakeServer(lambda body: answer(ROLE, *words(2), FINISH, DONE)) as server:
         connection = Connection(make_endpoint(Target(url=server.url), TIMEOUTS))
-        read = connection.read
+        name = "read" if connection.reader is None else "reader"
+        read = getattr(connection, name)
 
-        def late_read():
+        def late_read(*arguments):
             time.sleep(0.3)
-            return read()
+            return read(*arguments)
 
-        connection.read = late_read
+        setattr(connection, name, late_read)
         origin = Origin(time.monotonic_ns())
         record = send(connection, Plan("0" * 32, Prompt("p", {}), b"{}"), origin, "measure")
         connection.close()
@@ -303,14 +327,17 @@ def test_a_header_cannot_smuggle_another(headers):
         make_endpoint(Target(headers=headers), TIMEOUTS)
 
 
-def test_a_cancelled_request_is_a_record_with_its_chunks():
+def test_a_cancelled_request_is_a_record_with_its_chunks(monkeypatch):
+    monkeypatch.setenv("TWOCLOCKS_READER", "native" if isinstance(Connection, partial) else "python")
     program = """
 import gevent.monkey; gevent.monkey.patch_all()
 import gevent, sys
 from twoclocks.client import *
+from twoclocks.endpoint import make_endpoint
+from twoclocks.native import connect
 from twoclocks.experiment import Timeouts, Target
 from twoclocks.workload import Plan, Prompt
-connection = Connection(make_endpoint(Target(url=sys.argv[1]), Timeouts()))
+connection = connect(make_endpoint(Target(url=sys.argv[1]), Timeouts()))
 stream = gevent.spawn(send, connection, Plan("0" * 32, Prompt("p", {}), b"{}"), Origin(0), "measure")
 gevent.sleep(0.5)
 stream.kill()

@@ -10,7 +10,7 @@ from fake_server import DONE, chunked, delta, event, usage, words
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twoclocks.dialect import parse_event, read_stream
+from twoclocks.dialect import _events, parse_event, read_stream
 from twoclocks.http1 import ProtocolError, ResponseReader, request_head
 from twoclocks.record import expand, run_lengths
 from twoclocks.sse import MAX_EVENT_BYTES, EventTooLong, SseDecoder
@@ -56,6 +56,20 @@ def test_events_do_not_depend_on_the_split(cuts):
 
 def test_events_byte_by_byte():
     assert [data.decode() for data in decode(bytes([byte]) for byte in HOSTILE)] == EXPECTED
+
+
+PIECES = [b"data: a", b"data:b", b"data:", b"data", b": c", b"event: x", b"\n", b"\n\n", b"\n\n\n", b" ", b"\r\n"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=30), st.lists(st.integers(0, 300), max_size=10))
+def test_events_of_a_whole_stream_are_those_of_the_decoder(pieces, cuts):
+    """dialect reads most streams in fewer steps; which event a read completed must not depend on that."""
+    for body in (b"".join(pieces), b"".join(pieces).replace(b"\r", b"")):
+        reads, decoder = split_at(body, cuts), SseDecoder()
+        expected = [(data, index) for index, piece in enumerate(reads) for data in decoder.feed(piece)]
+        expected += [(data, len(reads)) for data in decoder.flush()]
+
+        assert list(_events([(0, piece) for piece in reads])) == expected
 
 
 @pytest.mark.parametrize("line", [b"data: ", b": ", b""])
@@ -331,3 +345,35 @@ def test_bytes_of_any_form_do_not_crash(data):
 @given(st.lists(st.sampled_from("abc")))
 def test_run_lengths_expand_again(values):
     assert expand(run_lengths(values)) == values
+
+
+# TGI's own stream, written from its specification (no TGI runs in the tests)
+
+
+def tgi_token(text, special=False, **last):
+    token = {"id": 1, "text": text, "logprob": -0.5, "special": special}
+    return event({"index": 1, "token": token, "generated_text": None, "details": None, **last})
+
+
+def test_tgis_own_stream():
+    details = {"finish_reason": "eos_token", "generated_tokens": 3, "input_length": 7, "seed": None}
+    stream = read(tgi_token("He"), tgi_token("llo"), tgi_token("</s>", True, generated_text="Hello", details=details))
+
+    assert stream.kinds == ["content", "content", "finish"]
+    assert (stream.text, stream.output_tokens, stream.prompt_tokens) == ("Hello", 3, 7)
+    assert (stream.tokens, stream.finish_reason, stream.ended) == (None, "eos_token", True)
+
+
+def test_tgis_own_stream_ends_with_its_last_token():
+    details = {"finish_reason": "length", "generated_tokens": 2}
+    whole = read(tgi_token("a"), tgi_token("b", generated_text="ab", details=details))
+    cut = read(tgi_token("a"), tgi_token("b"))
+
+    assert (whole.ended, whole.output_tokens, whole.kinds) == (True, 2, ["content", "content"])
+    assert (cut.ended, cut.output_tokens, cut.token_source) == (False, 2, "chunks")
+
+
+def test_tgis_own_error_event():
+    stream = read(tgi_token("a"), b'data:{"error":"out of memory","error_type":"generation"}\n\n')
+
+    assert stream.error == "out of memory"

@@ -104,3 +104,10 @@ def test_every_plan_has_an_id_of_its_own():
 
     assert len(set(ids)) == 300
     assert all(len(one) == 32 and int(one, 16) >= 0 for one in ids)
+
+
+def test_tgis_own_body(tmp_path):
+    (prompt,) = prompts_of(tmp_path, {"prompt": "x", "max_tokens": 5, "top_k": 3}, api="tgi-generate")
+    body = body_of(prompt, server="tgi", api="tgi-generate")
+
+    assert body == {"inputs": "x", "parameters": {"max_new_tokens": 5, "details": True, "top_k": 3}}

@@ -1,8 +1,8 @@
 """The stream client: `send(plan)` -> Record. Stamps each arrival, never raises for what the server does.
 
-Knows nothing of Locust. It uses plain sockets, which Locust's monkey-patching makes cooperative, and the kernel's receive
-stamps where there are any, so that a busy event loop does not blame the server. While a stream runs, its bytes are only
-kept; they are read for meaning after the end.
+Knows nothing of Locust. It uses plain sockets, which Locust's monkey-patching makes cooperative, and the kernel's
+receive stamps where there are any, so that a busy event loop does not blame the server. While a stream runs, its bytes
+are only kept; they are read for meaning after the end.
 """
 
 import os
@@ -11,38 +11,27 @@ import ssl
 import struct
 import time
 from collections.abc import Callable
-from urllib.parse import urlsplit
+from itertools import pairwise
+from typing import NamedTuple
 
 import msgspec
 from greenlet import GreenletExit
 
-from twoclocks import __version__
 from twoclocks.dialect import Stream, parse_event, read_stream
-from twoclocks.errors import ExperimentError
-from twoclocks.experiment import Target, Timeouts
-from twoclocks.http1 import ProtocolError, ResponseReader, request_head
+from twoclocks.endpoint import Endpoint
+from twoclocks.experiment import Timeouts
+from twoclocks.http1 import MAX_CHUNK_LINE_BYTES, MAX_TRAILER_BYTES, ProtocolError, ResponseReader
+from twoclocks.proxy import ProxyRefused, open_tunnel
 from twoclocks.record import TOKEN_KINDS, Phase, Record, Status, run_lengths
 from twoclocks.sse import EventTooLong, SseDecoder
 from twoclocks.workload import Plan
 
-PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 READ_BYTES = 64 * 1024
 MAX_BODY_BYTES = 64 * 1024 * 1024
 SO_TIMESTAMPNS = 35  # asm-generic/socket.h; the socket module has no name for it
 _TIMESPEC = struct.Struct("@ll")
 _CONTROL_BYTES = socket.CMSG_SPACE(_TIMESPEC.size) if hasattr(socket, "CMSG_SPACE") else 0
 MAX_STAMP_AGE_NS = 60 * 10**9
-
-
-class Endpoint(msgspec.Struct, frozen=True):
-    """Where requests go and what every one of them carries; made once a run."""
-
-    target: str
-    host: str
-    port: int
-    head: bytes
-    tls: ssl.SSLContext | None
-    timeouts: Timeouts
 
 
 class Origin(msgspec.Struct, frozen=True):
@@ -52,54 +41,7 @@ class Origin(msgspec.Struct, frozen=True):
     worker: int = 0
     user: int = 0
     keep_text: bool = False
-
-
-def request_headers(target: Target) -> dict[str, str]:
-    """The user's headers and the API key from the environment, which also the control plane sends."""
-    headers = dict(target.headers)
-    key = os.environ.get(target.api_key_env)
-    if key and "authorization" not in {name.lower() for name in headers}:
-        headers["Authorization"] = f"Bearer {key}"
-    return headers
-
-
-def make_endpoint(target: Target, timeouts: Timeouts) -> Endpoint:
-    """Raises ExperimentError if the address, a header or the CA bundle cannot be used."""
-    url = urlsplit(target.url)
-    if url.hostname is None:
-        raise ExperimentError(f"target.url: expected http://HOST:PORT, found {target.url!r}")
-    base = url.path.rstrip("/").removesuffix("/v1")
-    headers = {
-        "User-Agent": f"twoclocks/{__version__}",
-        "Accept": "text/event-stream",
-        "Accept-Encoding": "identity",
-        "Content-Type": "application/json",
-        **request_headers(target),
-    }
-    try:
-        head = request_head(url.netloc, base + PATHS[target.api], headers)
-        port = url.port or (443 if url.scheme == "https" else 80)
-    except ValueError as error:
-        raise ExperimentError(f"target: {error}") from None
-    return Endpoint(
-        target=target.name or target.server,
-        host=url.hostname,
-        port=port,
-        head=head,
-        tls=_tls_context(target.tls_verify) if url.scheme == "https" else None,
-        timeouts=timeouts,
-    )
-
-
-def _tls_context(verify: bool | str) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=verify if isinstance(verify, str) else None)
-    except (OSError, ssl.SSLError) as error:
-        raise ExperimentError(f"target.tls_verify: {verify!r} cannot be used as a CA bundle: {error}") from None
-    if verify is False:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
+    count_tokens: Callable[[str], int] | None = None  # for answers without usage
 
 
 class Failure(Exception):
@@ -110,34 +52,63 @@ class Failure(Exception):
         self.status, self.kind, self.message = status, kind, message
 
 
-class Connection:
-    """One keep-alive connection; opened when needed, replaced when the server has closed it."""
+class Received(NamedTuple):
+    """What a reader outside Python (native.py) brings of one response; times in ns of time.monotonic_ns()."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    why: str  # complete | closed | reset | too_large | no_memory | total | first_token | idle | cancelled | bad_...
+    head: bytes  # of the final response, as far as it has come
+    reads: list[tuple[int, bytes]]
+    line: bytes  # the beginning of the line that is no chunked coding
+    first_byte_ns: int  # 0: none came
+    ended_ns: int
+    user_stamps: int
+    reusable: bool
+    errno: int
+
+
+Receive = Callable[[int, int, int, int], Received]
+"""(file descriptor, total deadline, first token's deadline, longest silence), in ns."""
+
+
+class Connection:
+    """One keep-alive connection; opened when needed, replaced when the server has closed it.
+
+    `reader` receives what comes over plain TCP in place of Python's own loop.
+    """
+
+    def __init__(self, endpoint: Endpoint, reader: Receive | None = None) -> None:
         self.endpoint = endpoint
+        self.reader = reader if endpoint.tls is None else None
         self.sock: socket.socket | None = None
         self.kernel_stamps = False
 
     def open(self) -> None:
         """Connect, if there is no usable connection. Raises Failure."""
         timeout = self.endpoint.timeouts.connect_s
+        proxy = self.endpoint.proxy
+        host, port = (proxy.host, proxy.port) if proxy else (self.endpoint.host, self.endpoint.port)
         try:
-            sock = socket.create_connection((self.endpoint.host, self.endpoint.port), timeout)
+            sock = socket.create_connection((host, port), timeout)
         except TimeoutError:
             raise Failure("timeout", "connect_timeout", f"no connection within {timeout:g} s") from None
         except ConnectionRefusedError:
             raise Failure("error", "refused", "connection refused") from None
         except socket.gaierror as error:
-            raise Failure("error", "dns", f"{self.endpoint.host}: {error.strerror}") from None
+            raise Failure("error", "dns", f"{host}: {error.strerror}") from None
         except OSError as error:
             raise Failure("error", "connect", str(error)) from None
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.endpoint.tls is not None:
             try:
+                if proxy:
+                    open_tunnel(sock, proxy, self.endpoint.host, self.endpoint.port)
                 sock = self.endpoint.tls.wrap_socket(sock, server_hostname=self.endpoint.host)
             except TimeoutError:
                 sock.close()
                 raise Failure("timeout", "connect_timeout", f"no TLS handshake within {timeout:g} s") from None
+            except ProxyRefused as error:
+                sock.close()
+                raise Failure("error", "proxy", str(error)) from None
             except OSError as error:
                 sock.close()
                 raise Failure("error", "tls", str(error)) from None
@@ -195,6 +166,27 @@ def _ask_for_stamps(sock: socket.socket) -> bool:
     return True
 
 
+_BAD_CODING = {
+    "bad_size": b"%(line)b\n",
+    "bad_end": b"1\r\nx%(line)b\n",
+    "bad_line": b"0" * (MAX_CHUNK_LINE_BYTES + 1),
+    "bad_trailer": b"0\r\n" + b"x" * (MAX_TRAILER_BYTES + 1) + b"\n",
+}
+"""Bytes after a head in which http1 finds the fault that the native reader found."""
+
+
+def _closed() -> Failure:
+    return Failure("error", "closed", "the server closed the connection before the end of its answer")
+
+
+def _too_large() -> Failure:
+    return Failure("error", "too_large", f"an answer of more than {MAX_BODY_BYTES} bytes")
+
+
+def _cancelled() -> Failure:
+    return Failure("cancelled", "stopped", "cut off when the run stopped")
+
+
 class Exchange:
     """The raw course of one request, filled while it runs. All times are ns of time.monotonic_ns()."""
 
@@ -219,16 +211,19 @@ class Exchange:
                 connection.open()
                 self.connected_ns = time.monotonic_ns()
             self._write(connection, plan)
-            self._read(connection)
+            if connection.reader is None:
+                self._read(connection)
+            else:
+                self._receive(connection, connection.reader)
         except Failure as failure:
             self.failure = failure
         except GreenletExit:
-            self.failure = Failure("cancelled", "stopped", "cut off when the run stopped")
+            self.failure = _cancelled()
         except ProtocolError as error:
             self.failure = Failure("error", "protocol", str(error))
         except OSError as error:
             self.failure = Failure("error", "reset", error.strerror or str(error))
-        self.ended_ns = time.monotonic_ns()
+        self.ended_ns = self.ended_ns or time.monotonic_ns()
         if self.failure is not None or not self.response.reusable:
             connection.close()
 
@@ -274,7 +269,7 @@ class Exchange:
             if not data:
                 self.response.end_of_input()
                 if not self.response.complete:
-                    raise Failure("error", "closed", "the server closed the connection before the end of its answer")
+                    raise _closed()
                 return
             if self.first_byte_ns is None:
                 self.first_byte_ns = now
@@ -284,9 +279,42 @@ class Exchange:
                 self.reads.append((now, body))
                 self.body_bytes += len(body)
                 if self.body_bytes > MAX_BODY_BYTES:
-                    raise Failure("error", "too_large", f"an answer of more than {MAX_BODY_BYTES} bytes")
+                    raise _too_large()
                 if token_deadline is not None and is_token(body):
                     token_deadline = None
+
+    def _receive(self, connection: Connection, receive: Receive) -> None:
+        """The same as _read, by a reader that returns when all is over."""
+        assert connection.sock is not None
+        assert self.sent_ns is not None
+        timeouts = connection.endpoint.timeouts
+        received = receive(
+            connection.sock.fileno(),
+            self.sent_ns + round(timeouts.total_s * 1e9),
+            self.sent_ns + round(timeouts.first_token_s * 1e9),
+            round(timeouts.idle_s * 1e9),
+        )
+        why = received.why
+        self.first_byte_ns = received.first_byte_ns or None
+        self.ended_ns = received.ended_ns
+        self.reads, self.user_stamps = received.reads, received.user_stamps
+        self.response.feed(received.head)
+        self.response.complete = why == "complete"
+        self.response.reusable = received.reusable
+        if why == "cancelled":
+            raise _cancelled()
+        if why == "closed":
+            raise _closed()
+        if why == "reset":
+            raise OSError(received.errno, os.strerror(received.errno))
+        if why == "too_large":
+            raise _too_large()
+        if why in ("total", "first_token", "idle"):
+            raise self._timeout(timeouts, total=why == "total", token=why == "first_token")
+        if why in _BAD_CODING:
+            self.response.feed(_BAD_CODING[why] % {b"line": received.line})  # refuses it in http1's own words
+        if why != "complete":
+            raise Failure("error", why, "the native reader gave the response up")
 
     def _timeout(self, timeouts: Timeouts, *, total: bool, token: bool) -> Failure:
         if total:
@@ -313,7 +341,7 @@ def _first_token_watch() -> Callable[[bytes], bool]:
 
 
 def send(connection: Connection, plan: Plan, origin: Origin, phase: Phase, intended_ns: int | None = None) -> Record:
-    """Send one request and return its record, whatever happens. A cancelled record means: the caller was told to stop."""
+    """Send one request and return its record, whatever happens. A cancelled one means: the caller has to stop."""
     intended_ns = time.monotonic_ns() if intended_ns is None else intended_ns
     exchange = Exchange()
     exchange.run(connection, plan)
@@ -325,6 +353,12 @@ def _record(
 ) -> Record:
     stream = read_stream(exchange.reads if _is_stream(exchange.response) else [])
     failure = _failure(exchange, stream)
+    tokens, output_tokens, token_source = stream.tokens, stream.output_tokens, stream.token_source
+    if token_source == "chunks" and origin.count_tokens is not None:
+        token_source = "tokenizer"
+        chunks, output_tokens = output_tokens, origin.count_tokens(stream.text)
+        if output_tokens != chunks:  # so a chunk is not a token here, and nobody knows how many each carried
+            tokens = [None if kind in TOKEN_KINDS else 0 for kind in stream.kinds]
 
     def at(ns: int | None) -> float | None:
         return None if ns is None else (ns - origin.zero_ns) / 1e9
@@ -346,15 +380,15 @@ def _record(
         first_byte_at=at(exchange.first_byte_ns),
         ended_at=(exchange.ended_ns - origin.zero_ns) / 1e9,
         chunk_us=_gaps_us(exchange.sent_ns or 0, stream.arrived_ns),
-        chunk_tokens=stream.tokens,
+        chunk_tokens=tokens,
         chunk_kinds=run_lengths(stream.kinds),
         chunk_choice=run_lengths(stream.choices) if any(stream.choices) else None,
         timestamp_source="user" if exchange.user_stamps or not exchange.reads else "kernel",
         reads_merged=stream.reads_merged,
         prompt_tokens=stream.prompt_tokens,
-        output_tokens=stream.output_tokens,
+        output_tokens=output_tokens,
         cached_tokens=stream.cached_tokens,
-        token_source=stream.token_source,
+        token_source=token_source,
         finish_reason=stream.finish_reason,
         http_status=exchange.response.status or None,
         status=failure.status if failure else "ok",
@@ -368,7 +402,7 @@ def _record(
 def _gaps_us(sent_ns: int, arrived_ns: list[int]) -> list[int]:
     """Offset of the first from sent, then gaps; differences of rounded absolute times, so errors do not add up."""
     marks = [0, *(round((at - sent_ns) / 1000) for at in arrived_ns)]
-    return [later - earlier for earlier, later in zip(marks, marks[1:], strict=False)]
+    return [later - earlier for earlier, later in pairwise(marks)]
 
 
 def _is_stream(response: ResponseReader) -> bool:

@@ -18,6 +18,8 @@ import httpx
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
+from twoclocks.endpoint import tls_context
+
 MAX_PAGE_BYTES = 32 * 1024 * 1024
 SETTLE_S = 5.0
 IDLE_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting")
@@ -32,6 +34,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     interval_s: float
     headers: dict[str, str]
     tls_verify: bool | str
+    tls_cert: str | None = None
     log_path: str | None
 
 
@@ -150,8 +153,9 @@ def main() -> None:
     job = msgspec.json.decode(next(commands), type=Job)
     folder = Path(job.run_folder)
     tail = LogTail(Path(job.log_path), folder / "server.log") if job.log_path else None
+    tls, timeout = tls_context(job.tls_verify, job.tls_cert), max(2.0, job.interval_s)
     with (
-        httpx.Client(headers=job.headers, verify=job.tls_verify, timeout=max(2.0, job.interval_s)) as client,
+        httpx.Client(headers=job.headers, verify=tls, timeout=timeout) as client,
         (folder / "server_samples.jsonl").open("ab") as out,
     ):
         scrapers = [Scraper(url, job, client, out) for url in job.metrics_urls]

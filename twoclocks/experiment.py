@@ -16,7 +16,7 @@ from msgspec import Meta
 from twoclocks.errors import ExperimentError
 
 Server = Literal["vllm", "tgi", "transformers", "sglang", "llamacpp", "openai", "other"]
-Api = Literal["chat", "completions"]
+Api = Literal["chat", "completions", "tgi-generate"]
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
@@ -33,6 +33,8 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     headers: dict[str, str] = {}
     extra_body: dict[str, Any] = {}  # merged into every request
     tls_verify: bool | str = True  # True, False, or the path of a CA bundle
+    tls_cert: str | None = None  # path of a client certificate with its key (PEM)
+    tokenizer: str | None = None  # path of a tokenizer.json; counts answers of servers that send no usage
 
 
 class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -231,6 +233,9 @@ def _check(experiment: Experiment, where: str) -> None:
         raise ExperimentError(f"{where}: workload.ignore_eos: transformers serve refuses this field; leave it out")
     if collect.log != "none" and not collect.log.startswith("file:"):
         raise ExperimentError(f"{where}: collect.log: expected none or file:PATH, found {collect.log!r}")
+    for key, path in (("tls_cert", target.tls_cert), ("tokenizer", target.tokenizer)):
+        if path is not None and not Path(path).is_file():
+            raise ExperimentError(f"{where}: target.{key}: no file at {path!r}")
     if isinstance(target.tls_verify, str) and not Path(target.tls_verify).is_file():
         raise ExperimentError(f"{where}: target.tls_verify: no CA bundle at {target.tls_verify!r}")
     for url in [collect.metrics_url] if isinstance(collect.metrics_url, str) else collect.metrics_url:

@@ -11,7 +11,7 @@ from locust import events
 from locust.env import Environment
 from locust.runners import WorkerRunner
 
-from twoclocks.client import make_endpoint
+from twoclocks.endpoint import make_endpoint, token_counter
 from twoclocks.errors import TwoclocksError
 from twoclocks.experiment import load_experiment
 from twoclocks.master import MasterSide, apply_options
@@ -67,6 +67,7 @@ def on_init(environment: Environment, runner: Any, **_: Any) -> None:
         settings = apply_options(experiment, options)
         load_prompts(Path(settings.workload.requests), settings.target.api)  # so that a bad file is told at once
         make_endpoint(settings.target, settings.timeouts)
+        token_counter(settings.target.tokenizer)
     except TwoclocksError as error:
         sys.stderr.write(f"twoclocks: {error}\n")
         sys.exit(error.exit_code)

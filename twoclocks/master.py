@@ -23,10 +23,12 @@ from locust.env import Environment
 from locust.runners import MasterRunner
 
 from twoclocks import experiment as experiments
-from twoclocks.client import Connection, Origin, make_endpoint, request_headers, send
+from twoclocks.client import send
 from twoclocks.collect import Collectors, Job
+from twoclocks.endpoint import make_endpoint, request_headers, token_counter
 from twoclocks.errors import TwoclocksError
 from twoclocks.experiment import Experiment
+from twoclocks.native import connect, reader_name
 from twoclocks.record import Record, encode_record
 from twoclocks.run_folder import RunFolder, first_meta
 from twoclocks.selfwatch import watch
@@ -106,6 +108,7 @@ class MasterSide:
             **first_meta(self.zero_ns),
             overrides=_differences(self.written, experiment) | dict(_split(self.options.overrides)),
             labels=experiment.labels,
+            reader=reader_name(endpoint),
             target={
                 "name": endpoint.target,
                 "url": target.url,
@@ -128,6 +131,7 @@ class MasterSide:
             worker=0,
             plans=plans(experiment, prompts, self.model),
             sink=self.keep,
+            count_tokens=token_counter(experiment.target.tokenizer),
             numbers=itertools.count(),
         )
         StreamingUser.sender = self.sender
@@ -160,6 +164,7 @@ class MasterSide:
             interval_s=experiment.collect.metrics_interval_s,
             headers=request_headers(experiment.target),
             tls_verify=experiment.target.tls_verify,
+            tls_cert=experiment.target.tls_cert,
             log_path=None if log_setting == "none" else log_setting.removeprefix("file:"),
         )
 
@@ -172,8 +177,8 @@ class MasterSide:
         log.info("warming up with %d requests (not counted; the first may wait for the server to compile)", count)
 
         def one(user: int) -> Record:
-            connection = Connection(sender.endpoint)
-            origin = Origin(zero_ns=sender.zero_ns, user=user, keep_text=self.experiment.output_text)
+            connection = connect(sender.endpoint)
+            origin = sender.origin(user)
             record = send(connection, next(sender.plans), origin, "warmup")
             connection.close()
             self.keep(encode_record(record))

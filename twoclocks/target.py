@@ -3,7 +3,7 @@
 import httpx
 import msgspec
 
-from twoclocks.client import request_headers
+from twoclocks.endpoint import request_headers, tls_context
 from twoclocks.errors import TargetError
 from twoclocks.experiment import Target
 
@@ -26,7 +26,7 @@ def metrics_urls(target: Target, setting: str | list[str]) -> list[str]:
 
 def resolve(target: Target) -> tuple[str, str | None]:
     """(model to name in requests, server version or None). Raises TargetError if the server cannot be used."""
-    verify = target.tls_verify
+    verify = tls_context(target.tls_verify, target.tls_cert)
     with httpx.Client(base_url=base_url(target), headers=request_headers(target), verify=verify, timeout=10) as client:
         version = _version(client, target)
         return (target.model if target.model != "auto" else _first_model(client, target)), version

@@ -13,8 +13,10 @@ from locust import User, constant, task
 from locust.env import Environment
 from locust.exception import StopUser
 
-from twoclocks.client import Connection, Endpoint, Origin, send
+from twoclocks.client import Origin, send
+from twoclocks.endpoint import Endpoint
 from twoclocks.experiment import Experiment
+from twoclocks.native import connect
 from twoclocks.record import TOKEN_KINDS, Record, encode_record
 from twoclocks.workload import Plan
 
@@ -31,7 +33,12 @@ class Sender(msgspec.Struct):
     plans: Iterator[Plan]
     sink: Callable[[bytes], None]
     numbers: Iterator[int]  # of users
+    count_tokens: Callable[[str], int] | None = None
     stopping: bool = False
+
+    def origin(self, user: int) -> Origin:
+        """Who a request is sent by, and what its record keeps."""
+        return Origin(self.zero_ns, self.worker, user, self.experiment.output_text, self.count_tokens)
 
 
 class StreamingUser(User):
@@ -42,13 +49,8 @@ class StreamingUser(User):
 
     def on_start(self) -> None:
         """Take the number and the connection that this user keeps."""
-        self.connection = Connection(self.sender.endpoint)
-        self.origin = Origin(
-            zero_ns=self.sender.zero_ns,
-            worker=self.sender.worker,
-            user=next(self.sender.numbers),
-            keep_text=self.sender.experiment.output_text,
-        )
+        self.connection = connect(self.sender.endpoint)
+        self.origin = self.sender.origin(next(self.sender.numbers))
         self.pause_s = FIRST_PAUSE_S
 
     def on_stop(self) -> None:

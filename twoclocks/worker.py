@@ -11,7 +11,7 @@ import gevent
 import msgspec
 from locust.env import Environment
 
-from twoclocks.client import make_endpoint
+from twoclocks.endpoint import make_endpoint, token_counter
 from twoclocks.experiment import Experiment
 from twoclocks.selfwatch import watch
 from twoclocks.user import Sender, StreamingUser
@@ -54,6 +54,7 @@ class WorkerSide:
             worker=data["share"],
             plans=plans(experiment, prompts, data["model"], share=data["share"], shares=data["shares"]),
             sink=self.lines.append,
+            count_tokens=token_counter(experiment.target.tokenizer),
             numbers=itertools.count(data["share"], data["shares"]),
         )
 

@@ -80,6 +80,8 @@ def _prompt(line: bytes, number: int, path: Path, api: str) -> Prompt:
 def request_body(prompt: Prompt, experiment: Experiment, model: str) -> bytes:
     """The JSON body of a streamed request. ``target.extra_body`` wins over all, a prompt over the defaults."""
     target, workload = experiment.target, experiment.workload
+    if target.api == "tgi-generate":
+        return _tgi_body(prompt, experiment)
     body: dict[str, Any] = {"model": model, "max_tokens": workload.max_tokens, "stream": True}
     # usage in the stream is asked for everywhere; a running count on each chunk only where it is known to be accepted,
     # since strict servers answer 400 to fields that they do not know
@@ -89,6 +91,16 @@ def request_body(prompt: Prompt, experiment: Experiment, model: str) -> bytes:
     if workload.ignore_eos:
         body["ignore_eos"] = True
     return msgspec.json.encode(body | prompt.body | target.extra_body)
+
+
+def _tgi_body(prompt: Prompt, experiment: Experiment) -> bytes:
+    """TGI's own form: the prompt as `inputs`, the rest as `parameters`; `details` bring the token counts at the end."""
+    parameters = {"max_new_tokens": experiment.workload.max_tokens, "details": True}
+    fields = {name: value for name, value in prompt.body.items() if name not in ("prompt", "max_tokens")}
+    if "max_tokens" in prompt.body:
+        parameters["max_new_tokens"] = prompt.body["max_tokens"]
+    body = {"inputs": prompt.body["prompt"], "parameters": parameters | fields}
+    return msgspec.json.encode(body | experiment.target.extra_body)
 
 
 def order_prompts(prompts: list[Prompt], order: str, seed: int) -> Iterator[Prompt]:
