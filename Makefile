@@ -1,5 +1,7 @@
 # Four targets a newcomer needs: demo, test, lint, clean. Everything is installed from pinned lists.
-#   PYTHON=python3.12 make demo      another interpreter (3.11 or newer)
+#   PYTHON=/opt/python3.11 make demo      another interpreter; the servers' pinned lists are for 3.11, the tester runs on newer
+#   ONLY=vllm make demo      one of the two servers
+#   TWOCLOCKS_TORCH_INDEX=ADDRESS make demo      the CPU wheel index that PyTorch's install page names, where pip needs it
 #   TWOCLOCKS_CACHE=/big/disk make demo      another place for the servers' environments and models (about 4 GB)
 
 PYTHON ?= python3
@@ -9,12 +11,12 @@ INSTALLED := .venv/.installed
 .PHONY: demo install test lint format bench clean
 
 demo: $(INSTALLED)
-	@$(BIN)/python scripts/demo.py
+	@$(BIN)/python scripts/demo.py $(if $(ONLY),--only $(ONLY))
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another: PYTHON=python3.12 make demo")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another: PYTHON=python3.11 make demo")'
 	@echo "installing the tester into .venv (about 40 s)"
 	@$(PYTHON) -m venv .venv || { echo "no virtual environment could be made; on Debian: apt-get install python3-venv"; exit 2; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' \

@@ -156,6 +156,22 @@ def test_a_taken_port_is_told_before_anything_starts(tmp_path: Path) -> None:
     assert not (tmp_path / "server.log").exists()
 
 
+def test_it_works_where_gevent_has_patched_the_standard_library(tmp_path: Path) -> None:
+    """As in Locust: subprocess, os.close and sockets are gevent's."""
+    code = f"""
+from gevent import monkey; monkey.patch_all()
+import pathlib, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from test_servers import SERVES, run
+with run(pathlib.Path({str(tmp_path)!r}), SERVES.format(new_session=False, status=200)) as server:
+    print(server.pid)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+
+    assert int(done.stdout) == pids(tmp_path)[0]
+    assert not any(alive(pid) for pid in pids(tmp_path))
+
+
 # A parent of its own, so that the test can end it in any way.
 PARENT = """
 import pathlib, sys, time

@@ -91,13 +91,17 @@ def parse_event(data: bytes) -> Event:
         return Event([], error=_error_message(payload.error))
     if payload.token is not None:
         return _tgi_event(payload.token, payload)
-    chunks = [_chunk(choice, has_usage=payload.usage is not None) for choice in payload.choices or []]
-    if not payload.choices:
-        chunks = [Chunk("usage" if payload.usage is not None else "empty")]
-    return Event(chunks, usage=payload.usage, server=payload.metrics or payload.timings)
+    choices, usage = payload.choices, payload.usage
+    if not choices:
+        chunks = [Chunk("usage" if usage is not None else "empty")]
+    elif len(choices) == 1:  # without the call that a comprehension is: this is the path per token
+        chunks = [_chunk(choices[0], usage is not None)]
+    else:
+        chunks = [_chunk(choice, usage is not None) for choice in choices]
+    return Event(chunks, usage, payload.metrics or payload.timings)
 
 
-def _chunk(choice: _Choice, *, has_usage: bool) -> Chunk:
+def _chunk(choice: _Choice, has_usage: bool) -> Chunk:
     """Kinds in order of precedence: tool > reasoning > content > role > usage > finish > empty.
 
     Usage beside a choice makes a usage chunk only at the finish (transformers); before it, it is the running count that
@@ -263,7 +267,8 @@ def _count_tokens(
     token_chunks = {index for index, chunk in enumerate(chunks) if chunk.kind in TOKEN_KINDS}
     last: dict[int, int] = {}  # running count of each choice
     per_chunk: list[int | None] = [0] * len(chunks)
-    for index, (chunk, count) in enumerate(zip(chunks, running, strict=True)):
+    is_told = running.count(None) < len(running)
+    for index, (chunk, count) in enumerate(zip(chunks, running, strict=True) if is_told else ()):
         if chunk.kind in TOKEN_KINDS or chunk.finish_reason is not None or chunk.kind == "empty":
             per_chunk[index] = None if count is None else max(0, count - last.get(chunk.choice, 0))
             if count is not None:

@@ -72,8 +72,10 @@ def start(argv: Sequence[str | Path], *, grace_s: float = 10.0, **popen: Any) ->
         )
     finally:
         os.close(writing)
-    with os.fdopen(reading) as file:
-        said = file.read()
+    # One read, not until the end of the file: where gevent has patched os.close, the end comes only later. The keeper
+    # writes less than a pipe passes on whole.
+    said = os.read(reading, 4096).decode()
+    os.close(reading)
     if not said.isdigit():
         keeper.wait()
         raise OSError(said or f"cannot start {argv[0]}")

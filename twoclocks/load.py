@@ -3,6 +3,8 @@
 The only reader of run folders. Knows nothing of HTTP or Locust; computes with metrics, joins with join.
 """
 
+import contextlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +26,10 @@ from twoclocks.metrics import Chunks, Floats
 from twoclocks.record import TOKEN_KINDS, Kind, Record, read_records
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_Lists = tuple[Any, Any, list[bool]]  # chunk_us of all chunks, chunks of each request, does it tell its tokens?
+BATCH = 5000
+"""Records read at once."""
 
 _FLOATS = (
     "intended_at", "connect_started_at", "connected_at", "sent_at", "written_at", "first_byte_at", "ended_at",
@@ -141,9 +147,8 @@ def load_run(path: str | Path) -> Run:
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: no such run folder; give the folder that a run printed, such as output/NAME")
     meta = _meta(folder)
-    records = _records(folder / "requests.jsonl")
-    arrivals = _arrivals(records, folder)
-    return Run(folder, meta, _experiment(folder), _requests(records, arrivals, folder / "server.log"), arrivals)
+    records, arrivals, lists = _read(folder / "requests.jsonl")
+    return Run(folder, meta, _experiment(folder), _requests(records, arrivals, lists, folder / "server.log"), arrivals)
 
 
 def _meta(folder: Path) -> dict[str, Any]:
@@ -170,24 +175,44 @@ def _experiment(folder: Path) -> dict[str, Any]:
     return experiment if isinstance(experiment, dict) else {}
 
 
-def _records(path: Path) -> list[Record]:
-    """The records, or none for a run that was killed before its first request ended."""
+def _read(path: Path) -> tuple[list[Record], Chunks, _Lists]:
+    """The records without their lists of chunks, and the chunks as arrays; nothing for a run killed at its beginning.
+
+    Batch by batch, since the chunks of a long run as Python lists would take many times the memory of the arrays.
+    """
     records: list[Record] = []
+    batches: list[list[Any]] = []
+    tells_tokens: list[bool] = []
     try:
-        for record in read_records(path):
-            records.append(record)  # noqa: PERF402  (how many were read tells the line that broke)
+        reader = read_records(path)
+        while batch := list(itertools.islice(reader, BATCH)):
+            batches.append(_columns(batch, path, len(records)))
+            tells_tokens += [record.chunk_tokens is not None for record in batch]
+            records += [msgspec.structs.replace(record, chunk_us=[], chunk_tokens=None) for record in batch]
     except FileNotFoundError:
-        return []
+        pass
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RunFolderError(f"{path} line {len(records) + 1} is no record: {error}") from None
+        line = _first_bad_line(path)
+        raise RunFolderError(f"{path} line {line} is no record: {error}") from None
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be read: {error.strerror}") from None
-    return records
+    batches = batches or [_columns([], path, 0)]
+    *columns, micros, counts = (np.concatenate(column) for column in zip(*batches, strict=True))
+    return records, Chunks(*columns), (micros, counts, tells_tokens)
 
 
-def _arrivals(records: Sequence[Record], folder: Path) -> Chunks:
+def _first_bad_line(path: Path) -> int:
+    count = 0
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+        for _ in read_records(path):
+            count += 1
+    return count + 1
+
+
+def _columns(records: Sequence[Record], path: Path, first_row: int) -> list[Any]:
+    """The columns of Chunks, then chunk_us and each record's number of chunks; ``first_row`` records came before."""
     counts = np.array([len(record.chunk_us) for record in records], dtype=np.int64)
-    for row, (record, count) in enumerate(zip(records, counts, strict=True), 1):
+    for row, (record, count) in enumerate(zip(records, counts, strict=True), first_row + 1):
         expected = {
             "chunk_kinds": sum(run for _, run in record.chunk_kinds),
             "chunk_choice": count if record.chunk_choice is None else sum(run for _, run in record.chunk_choice),
@@ -195,9 +220,7 @@ def _arrivals(records: Sequence[Record], folder: Path) -> Chunks:
         }
         for name, length in expected.items():
             if length != count:
-                raise RunFolderError(
-                    f"{folder / 'requests.jsonl'} line {row}: {name} tells of {length} chunks, chunk_us of {count}"
-                )
+                raise RunFolderError(f"{path} line {row}: {name} tells of {length} chunks, chunk_us of {count}")
     request = np.repeat(np.arange(len(records)), counts)
     micros = np.fromiter(chain.from_iterable(r.chunk_us for r in records), dtype=np.int64, count=int(counts.sum()))
     elapsed = np.cumsum(micros)
@@ -214,13 +237,23 @@ def _arrivals(records: Sequence[Record], folder: Path) -> Chunks:
         if record.chunk_choice is not None:
             choice[start : start + count] = _expand(record.chunk_choice)
     tokens[np.isnan(tokens) & ~is_token] = 0.0  # no text and no count: no token
-    return Chunks(request, sent_at[request] + (elapsed - before[request]) / 1e6, tokens, kind, is_token, choice)
+    at = sent_at[request] + (elapsed - before[request]) / 1e6
+    return [request + first_row, at, tokens, kind, is_token, choice, micros, counts]
 
 
-def _requests(records: Sequence[Record], arrivals: Chunks, log: Path) -> pd.DataFrame:
+def _requests(records: Sequence[Record], arrivals: Chunks, lists: _Lists, log: Path) -> pd.DataFrame:
     frame = pd.DataFrame(
-        {name: pd.Series([getattr(r, name) for r in records], dtype=object) for name in Record.__struct_fields__}
+        {
+            name: pd.Series([getattr(r, name) for r in records], dtype=object)
+            for name in Record.__struct_fields__
+            if name not in ("chunk_us", "chunk_tokens")
+        }
     )
+    micros, counts, tells_tokens = lists
+    frame["chunk_us"] = _views(micros, counts)
+    frame["chunk_tokens"] = [
+        view if told else None for view, told in zip(_views(arrivals.tokens, counts), tells_tokens, strict=True)
+    ]
     for name in _FLOATS:
         frame[name] = frame[name].astype(np.float64)
     for name in ("user", "worker", "reads_merged"):
@@ -256,6 +289,12 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         return []
     except (OSError, msgspec.MsgspecError) as error:
         raise RunFolderError(f"{path}: cannot be read: {error}") from None
+
+
+def _views(column: Any, counts: Any) -> list[Any]:
+    """Each request's part of a column over all chunks; no copies."""
+    ends = np.cumsum(counts)
+    return [column[end - count : end] for end, count in zip(ends.tolist(), counts.tolist(), strict=True)]
 
 
 def _log(path: Path) -> list[str]:
