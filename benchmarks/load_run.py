@@ -67,7 +67,8 @@ def load(folder: str) -> None:
     rows = len(run.chunks)
     both = time.monotonic() - began
     peak_both = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    print(f"load_run: {loaded:.1f} s, peak {peak:.2f} GiB; with {rows:,} chunks as columns: {both:.1f} s, {peak_both:.2f} GiB")
+    print(f"load_run: {loaded:.1f} s, peak {peak:.2f} GiB")
+    print(f"with {rows:,} chunks as columns: {both:.1f} s, peak {peak_both:.2f} GiB")
 
 
 def main() -> None:

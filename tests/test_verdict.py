@@ -45,8 +45,10 @@ def reasons(folder, records, samples=(), experiment="", **meta):
     return told["level"], {reason["name"]: reason for reason in told["reasons"]}
 
 
-def second(at, lag=0.0002, cpu=0.2):
-    return {"at": at, "worker": 0, "loop_lag_s": [0.0001] * 17 + [lag] * 3, "cpu_s": cpu, "wall_s": 1.0}
+def second(at, lag=0.0002, cpu=0.2, open_file_limit=1024):
+    lags = [0.0001] * 17 + [lag] * 3
+    times = {"cpu_s": cpu, "wall_s": 1.0, "open_file_limit": open_file_limit}
+    return {"at": at, "worker": 0, "loop_lag_s": lags} | times
 
 
 def test_a_flawless_run_is_valid(tmp_path):
@@ -59,6 +61,7 @@ def test_a_flawless_run_is_valid(tmp_path):
         ("loop_lag", {"timestamp_source": "user"}, {"lag": 0.015}, "", "SUSPECT"),
         ("loop_lag", {"chunk_us": TOGETHER}, {"lag": 0.04}, "", "SUSPECT"),
         ("cpu", {}, {"cpu": 0.97}, "", "SUSPECT"),
+        ("file_limit", {"user": lambda i: i}, {"open_file_limit": 256}, "", "SUSPECT"),
         ("stall", {}, {"lag": 0.3}, "", "SUSPECT"),
         ("late_sends", {"intended_at": lambda i: 0.05 * i - 0.02}, {}, "", "SUSPECT"),
         ("nothing_ok", {"status": "error", "error_kind": "http_500"}, {}, "", "INVALID"),

@@ -57,6 +57,7 @@ def add_options(parser: Any) -> None:
 
 def on_init(environment: Environment, runner: Any, **_: Any) -> None:
     """Read the experiment, fill Locust's own options from it, and listen."""
+    _raise_file_limit()
     if isinstance(runner, WorkerRunner):
         WorkerSide(environment, runner)
         return
@@ -78,3 +79,10 @@ def on_init(environment: Environment, runner: Any, **_: Any) -> None:
     # the measured time begins after the warm-up, so the clock of a headless run is ours; elsewhere this fills the form
     options.run_time = None if options.headless else round(load.duration_s)
     MasterSide(environment, runner, options, experiment, settings)
+
+
+def _raise_file_limit() -> None:
+    """A stream is an open file: take as many as the system lets this user have. What remains is in self_samples.jsonl."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -95,6 +95,19 @@ def _late_sends(run: Run) -> Reason | None:
     return Reason("SUSPECT", "late_sends", text, p99, "use more processes (--processes 2) or fewer users")
 
 
+def _file_limit(run: Run) -> Reason | None:
+    """Each stream is an open file; near the limit connections fail, and the server is blamed."""
+    limits = run.self_samples["open_file_limit"].dropna()
+    if limits.empty:
+        return None
+    limit = int(limits.min())
+    users = int(run.measured.groupby("worker")["user"].nunique().max()) if len(run.measured) else 0
+    if users + SPARE_FILES <= limit:
+        return None
+    text = f"{users} streams in one process, which may have {limit} open files"
+    return Reason("SUSPECT", "file_limit", text, limit, "raise the limit (ulimit -n), or use more processes")
+
+
 def _lost(run: Run) -> Reason | None:
     """Records that never reached the master are in no figure, and nobody knows which."""
     lost = int(run.meta.get("lost_records") or 0)
@@ -245,13 +258,14 @@ def _unfinished(run: Run) -> Reason | None:
 
 
 RULES: tuple[Callable[[Run], Reason | None], ...] = (
-    _nothing_ok, _lost, _restarted, _foreign_traffic, _before_server, _loop_lag, _cpu, _stall, _late_sends, _drift,
+    _nothing_ok, _lost, _restarted, _foreign_traffic, _before_server, _loop_lag, _cpu, _stall, _late_sends, _file_limit, _drift,
     _prefix_cache, _short_outputs, _tokens_disagree, _unjoined, _too_few, _unfinished,
 )  # fmt: skip
 
 MERGED_SHARE = 0.01
 STALL_S = 0.1  # several gaps of any server; scheduling alone stays far below
 LATE_SEND_S = 0.005
+SPARE_FILES = 64  # for what else a process has open
 FOREIGN_SHARE = 0.01
 CACHED_SHARE = 0.2  # a chat template's common beginning stays below
 MIN_FOR_P99 = 100
