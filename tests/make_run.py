@@ -178,7 +178,7 @@ def _request(rng, number: int, user: int, sent_at: float, warmup: bool, server: 
         chunk_tokens=[0, *counts, 0],
         prompt_tokens=int(rng.integers(10, 200)),
         output_tokens=tokens,
-        token_source="usage",  # noqa: S106
+        token_source="usage",
         finish_reason="length",
         http_status=200,
         server={

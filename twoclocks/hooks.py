@@ -3,6 +3,8 @@
 Nothing is made before Locust's init event, since `--processes` forks before it.
 """
 
+import contextlib
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,7 @@ def on_init(environment: Environment, runner: Any, **_: Any) -> None:
 
 
 def _raise_file_limit() -> None:
-    """A stream is an open file: take as many as the system lets this user have. What remains is in self_samples.jsonl."""
+    """A stream is an open file: take as many as the system lets this user have; self_samples.jsonl says how many."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -258,8 +258,8 @@ def _unfinished(run: Run) -> Reason | None:
 
 
 RULES: tuple[Callable[[Run], Reason | None], ...] = (
-    _nothing_ok, _lost, _restarted, _foreign_traffic, _before_server, _loop_lag, _cpu, _stall, _late_sends, _file_limit, _drift,
-    _prefix_cache, _short_outputs, _tokens_disagree, _unjoined, _too_few, _unfinished,
+    _nothing_ok, _lost, _restarted, _foreign_traffic, _before_server, _loop_lag, _cpu, _stall, _late_sends, _file_limit,
+    _drift, _prefix_cache, _short_outputs, _tokens_disagree, _unjoined, _too_few, _unfinished,
 )  # fmt: skip
 
 MERGED_SHARE = 0.01
