@@ -1,9 +1,9 @@
 /* The native reader: receives, stamps and frames the responses of many connections; no Python runs while they stream.
  *
- * One Reader a process. A connected plain socket on which the request was just written is added; epoll and recvmsg bring
- * its bytes with the kernel's receive stamps, HTTP/1.1 framing (the rules and bounds of http1.py) says which are body and
- * when the response is over, and timeouts are kept. The hub drives it through poll(), or a thread of its own does, which
- * never takes the interpreter's lock and says through an eventfd that responses have ended. Linux only.
+ * One Reader a process. A connected plain socket on which the request was just written is added; epoll and recvmsg
+ * bring its bytes with the kernel's receive stamps, HTTP/1.1 framing (the rules and bounds of http1.py) says which are
+ * body and when the response is over, and timeouts are kept. The hub drives it through poll(), or a thread of its own
+ * does, which never takes the interpreter's lock and says through an eventfd that responses have ended. Linux only.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -64,7 +64,7 @@ typedef struct {
     size_t events, seen; /* bytes of the body in whole events, and those looked at, while the first token is awaited */
     int64_t left;        /* bytes of the body, or of the current chunk, still to come */
     int64_t user_stamps; /* reads that the kernel did not stamp */
-    int64_t total, first_token, idle; /* deadlines, and the silence allowed once the first token came (first_token = 0) */
+    int64_t total, first_token, idle; /* deadlines; the silence allowed once the first token came (first_token = 0) */
     int64_t first_byte, last, ended;
     Buffer head, body, reads; /* reads: pairs of int64, (time, length of the body after it) */
 } Stream;
@@ -133,8 +133,8 @@ static enum why parse_head(Stream *s) {
     struct { const char *text; size_t len; } value[4] = {{0}};
     const char *p = s->head.data, *end = p + s->head.len, *eol = memchr(p, '\n', s->head.len);
     size_t len = eol - p - (eol > p && eol[-1] == '\r');
-    if (len < 12 || memcmp(p, "HTTP/1.", 7) || (p[7] != '0' && p[7] != '1') || p[8] != ' ' || p[9] < '1' || p[9] > '5' ||
-        p[10] < '0' || p[10] > '9' || p[11] < '0' || p[11] > '9' || (len > 12 && p[12] != ' '))
+    if (len < 12 || memcmp(p, "HTTP/1.", 7) || (p[7] != '0' && p[7] != '1') || p[8] != ' ' || p[9] < '1' ||
+        p[9] > '5' || p[10] < '0' || p[10] > '9' || p[11] < '0' || p[11] > '9' || (len > 12 && p[12] != ' '))
         return BAD_HEAD;
     int status = (p[9] - '0') * 100 + (p[10] - '0') * 10 + (p[11] - '0'), http_1_0 = p[7] == '0';
     if (status < 200 && status != 101) {
@@ -184,7 +184,8 @@ static enum why feed_head(Stream *s, const char *data, size_t len, size_t *used)
 }
 
 static void size_byte(Stream *s, unsigned char byte) {
-    int lower = byte | 0x20, digit = byte >= '0' && byte <= '9' ? byte - '0' : lower >= 'a' && lower <= 'f' ? lower - 'a' + 10 : -1;
+    int lower = byte | 0x20, digit = lower >= 'a' && lower <= 'f' ? lower - 'a' + 10 : -1;
+    if (byte >= '0' && byte <= '9') digit = byte - '0';
     if (s->syntax == EXTENSION || s->syntax == BAD) return;
     if (s->syntax <= DIGITS && digit >= 0) {
         s->syntax = ++s->digits <= 15 ? DIGITS : BAD;
@@ -309,7 +310,7 @@ static void finish(Reader *r, Stream *s, enum why why, int64_t now) {
     append(&r->ended, &s->token, sizeof s->token); /* its room was reserved when the stream was added */
 }
 
-/* End what is overdue. Deadlines move later as bytes come, so the earliest one seen here is an early enough next visit. */
+/* End what is overdue. Deadlines move later as bytes come, so the earliest one seen here is early enough to return. */
 static void sweep(Reader *r, int64_t now) {
     int64_t due = INT64_MAX;
     for (int i = 0; i < r->slots; i++) {
@@ -324,9 +325,9 @@ static void sweep(Reader *r, int64_t now) {
     arm(r, due < now + SWEEP_NS ? now + SWEEP_NS : due);
 }
 
-/* How far the wall clock, on which the kernel stamps, is from the monotonic one. Read between two readings of the other,
- * so that losing the processor in between is seen. No stamp is believed while that clock was just set: what waited may
- * have been stamped before or after it. Slewing, at most 0.5 ms a second, is no step. */
+/* How far the wall clock, on which the kernel stamps, is from the monotonic one. Read between two readings of the
+ * other, so that losing the processor in between is seen. No stamp is believed while that clock was just set: what
+ * waited may have been stamped before or after it. Slewing, at most 0.5 ms a second, is no step. */
 static void compare_clocks(Reader *r) {
     int64_t before, after, offset = 0, best = INT64_MAX;
     for (int i = 0; i < 5 && best > 1000; i++) {
@@ -369,7 +370,7 @@ static void receive(Reader *r, Stream *s) {
         int waited = s->first_token != 0;
         s->user_stamps += !kernel;
         why = feed(s, r->buffer, len, at);
-        if (waited && why == RUNNING && deadline(s) < r->due) arm(r, deadline(s)); /* silence may be allowed for less long */
+        if (waited && why == RUNNING && deadline(s) < r->due) arm(r, deadline(s)); /* silence may end it earlier */
     }
     if (why != RUNNING) finish(r, s, why, now);
 }
@@ -397,8 +398,8 @@ static void turn(Reader *r, int timeout_ms) {
     pthread_mutex_unlock(&r->lock);
 }
 
-/* The thread. It rests a little after each turn: the kernel's stamps lose nothing by it, and one wake-up then serves many
- * reads. The rest grows with the number of streams, so that reads merge only beyond 1 / pause tokens a second in all. */
+/* The thread. It rests a little after each turn, while the kernel stamps, and one wake-up then serves many reads. The
+ * rest grows with the number of streams, so evenly paced reads merge only beyond 1/pause tokens a second in all. */
 static void *serve(void *arg) {
     Reader *r = arg;
     for (;;) {
@@ -601,8 +602,9 @@ static PyObject *reader_collect(PyObject *self, PyObject *args) {
     size_t shown = s.line_len > LINE_SHOWN ? LINE_SHOWN + 1 : s.line_len;
     if (reads)
         response = Py_BuildValue(
-            "sy#Ny#LLLOi", WHY[s.why], s.head.data ? s.head.data : "", (Py_ssize_t)s.head.len, reads, s.line, (Py_ssize_t)shown,
-            (long long)s.first_byte, (long long)s.ended, (long long)s.user_stamps, s.reusable ? Py_True : Py_False, s.error);
+            "sy#Ny#LLLNi", WHY[s.why], s.head.data ? s.head.data : "", (Py_ssize_t)s.head.len, reads, s.line,
+            (Py_ssize_t)shown, (long long)s.first_byte, (long long)s.ended, (long long)s.user_stamps,
+            PyBool_FromLong(s.reusable), s.error);
     release(&s);
     return response;
 }
@@ -613,14 +615,17 @@ static PyObject *reader_progress(PyObject *self, PyObject *Py_UNUSED(none)) {
     Buffer streams = {0};
     int copied = 1;
     pthread_mutex_lock(&r->lock);
-    for (int i = 0; copied && i < r->slots; i++)
-        if (r->stream[i]->token && r->stream[i]->why == RUNNING) copied = append(&streams, r->stream[i], sizeof(Stream));
+    for (int i = 0; copied && i < r->slots; i++) {
+        const Stream *s = r->stream[i];
+        if (s->token && s->why == RUNNING) copied = append(&streams, s, sizeof *s);
+    }
     pthread_mutex_unlock(&r->lock);
     PyObject *rows = copied ? PyList_New(0) : PyErr_NoMemory();
     for (size_t i = 0; rows && i < streams.len / sizeof(Stream); i++) {
         Stream *s = (Stream *)streams.data + i;
         PyObject *row = Py_BuildValue(
-            "LnnN", (long long)s->token, s->reads.len / (2 * sizeof(int64_t)), s->body.len, PyBool_FromLong(!s->first_token));
+            "LnnN", (long long)s->token, (Py_ssize_t)(s->reads.len / (2 * sizeof(int64_t))), (Py_ssize_t)s->body.len,
+            PyBool_FromLong(!s->first_token));
         if (!row || PyList_Append(rows, row)) Py_CLEAR(rows);
         Py_XDECREF(row);
     }
@@ -663,7 +668,8 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "_native", 
 
 PyMODINIT_FUNC PyInit__native(void) {
     PyObject *self = PyModule_Create(&module);
-    if (self && (PyType_Ready(&reader_type) || PyModule_AddObjectRef(self, "Reader", (PyObject *)&reader_type))) Py_CLEAR(self);
+    if (!self || PyType_Ready(&reader_type) || PyModule_AddObjectRef(self, "Reader", (PyObject *)&reader_type))
+        Py_CLEAR(self);
     return self;
 }
 
