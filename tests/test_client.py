@@ -37,7 +37,8 @@ try:
 except ImportError:
     Reader = None
 
-TIMEOUTS = Timeouts(connect_s=2, first_token_s=0.4, idle_s=0.3, total_s=5)
+PATIENT = Timeouts(connect_s=30, first_token_s=30, idle_s=30, total_s=60)
+SHORT = Timeouts(connect_s=30, first_token_s=0.4, idle_s=0.3, total_s=60)  # for those who never answer
 ROLE = delta(role="assistant", content="")
 FINISH = delta(finish_reason="stop")
 
@@ -58,7 +59,7 @@ def connection_of_each_reader(request, monkeypatch):
     native.close()
 
 
-def ask(server_or_url, timeouts=TIMEOUTS, count=1, target=None, keep_text=True):
+def ask(server_or_url, timeouts=PATIENT, count=1, target=None, keep_text=True):
     url = server_or_url.url if isinstance(server_or_url, FakeServer) else server_or_url
     connection = Connection(make_endpoint(target or Target(url=url), timeouts))
     origin = Origin(zero_ns=time.monotonic_ns(), keep_text=keep_text)
@@ -96,7 +97,7 @@ def test_arrivals_are_those_of_the_servers_schedule():
     """The server's own log of when it wrote each chunk is the independent clock: same machine, same monotonic clock."""
     with FakeServer(lambda body: plain_answer(20, gap_s=0.01)) as server:
         zero = time.monotonic_ns()
-        connection = Connection(make_endpoint(Target(url=server.url), TIMEOUTS))
+        connection = Connection(make_endpoint(Target(url=server.url), PATIENT))
         record = send(connection, Plan("0" * 32, Prompt("p", {}), b"{}"), Origin(zero), "measure")
         connection.close()
     written = [(at - zero) / 1e9 for at in server.sent_ns[0][1:]]
@@ -114,11 +115,13 @@ def test_arrivals_are_those_of_the_servers_schedule():
 def test_kernel_stamps_survive_a_client_that_is_busy():
     """Bytes that lay in the socket for 0.3 s while Python was away still carry the time at which they came."""
     with FakeServer(lambda body: answer(ROLE, *words(2), FINISH, DONE)) as server:
-        connection = Connection(make_endpoint(Target(url=server.url), TIMEOUTS))
+        connection = Connection(make_endpoint(Target(url=server.url), PATIENT))
         name = "read" if connection.reader is None else "reader"
         read = getattr(connection, name)
 
         def late_read(*arguments):
+            while not server.sent_ns or len(server.sent_ns[0]) < 7:  # until all of the answer lies in the socket
+                time.sleep(0.01)
             time.sleep(0.3)
             return read(*arguments)
 
@@ -129,8 +132,7 @@ def test_kernel_stamps_survive_a_client_that_is_busy():
 
     assert record.status == "ok"
     assert record.timestamp_source == "kernel"
-    assert record.chunk_us[0] < 250_000
-    assert record.ended_at - record.sent_at > 0.3
+    assert record.ended_at - (record.sent_at + sum(record.chunk_us) / 1e6) >= 0.3
     assert record.reads_merged == 1
 
 
@@ -189,7 +191,7 @@ def test_the_key_of_the_environment_is_sent(monkeypatch):
     ],
 )
 def test_each_failure_is_a_record_with_its_kind(name, steps, status, error_kind):
-    record = answered(*steps)
+    record = answered(*steps, timeouts=SHORT if status == "timeout" else PATIENT)
 
     assert (record.status, record.error_kind) == (status, error_kind)
     assert record.error_message
@@ -293,7 +295,7 @@ def test_line_separators_inside_a_token_do_not_split_it():
 def test_the_connection_is_kept_and_replaced_when_the_server_closed_it():
     answers = iter([plain_answer(), [*plain_answer(), CLOSE], plain_answer()])
     with FakeServer(lambda body: next(answers)) as server:
-        connection = Connection(make_endpoint(Target(url=server.url), TIMEOUTS))
+        connection = Connection(make_endpoint(Target(url=server.url), PATIENT))
         records = []
         for index in range(3):
             records.append(send(connection, Plan(f"{index:032x}", Prompt("p", {}), b"{}"), Origin(0), "measure"))
@@ -324,7 +326,7 @@ def test_chunk_times_do_not_drift():
 @pytest.mark.parametrize("headers", [{"X": "a\r\nEvil: 1"}, {"X\n": "a"}])
 def test_a_header_cannot_smuggle_another(headers):
     with pytest.raises(ExperimentError, match="line break"):
-        make_endpoint(Target(headers=headers), TIMEOUTS)
+        make_endpoint(Target(headers=headers), PATIENT)
 
 
 def test_a_cancelled_request_is_a_record_with_its_chunks(monkeypatch):

@@ -25,7 +25,7 @@ def test_the_notebook_runs_on_run_folders(tmp_path, monkeypatch, servers):
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 1 + len(servers)  # the violins, and a timeline a run
     printed = "".join(output.get("text", "") for output in outputs)
-    assert ("Medians, in ms" if len(servers) > 1 else "Load test results") in printed
+    assert ("Side by side, in ms" if len(servers) > 1 else "Load test results") in printed
 
 
 def test_the_notebook_is_kept_without_outputs():

@@ -87,7 +87,9 @@ def test_transformers_first_token_is_not_the_early_role_chunk(transformers_run):
 
     assert len(ok) == len(run.requests) > 4
     assert set(first.kind) == {"role"}
-    assert (ok.ttft > ok.first_byte_at - ok.sent_at).all()
+    said = ok[ok.ttft.notna()]  # the random model's tokens are not always text
+    assert len(said) > 4
+    assert (said.ttft > said.first_byte_at - said.sent_at).all()
     assert (ok.output_tokens <= 12).all()
     assert set(ok.token_source) == {"usage"}
 
@@ -97,7 +99,8 @@ def test_transformers_log_gives_queue_and_whole_time_of_each_request(transformer
 
     assert (ok.server_source == "log").all()
     assert (ok.server_queue >= 0).all()
-    assert (ok.e2e >= ok.server_queue).all()
+    said = ok[ok.e2e.notna()]
+    assert (said.e2e >= said.server_queue).all()
     assert ok.server_ttft.isna().all()
 
 
