@@ -66,7 +66,9 @@ def test_a_flawless_run_is_valid(tmp_path):
         ("late_sends", {"intended_at": lambda i: 0.05 * i - 0.02}, {}, "", "SUSPECT"),
         ("nothing_ok", {"status": "error", "error_kind": "http_500"}, {}, "", "INVALID"),
         ("prefix_cache", {"cached_tokens": 6}, {}, "", "SUSPECT"),
-        ("short_outputs", {}, {}, "workload: {ignore_eos: true, max_tokens: 9}", "SUSPECT"),
+        ("short_outputs", {"max_tokens": 9}, {}, "workload: {ignore_eos: true}", "SUSPECT"),
+        ("short_outputs", {"expected_output_tokens": 9}, {}, "", "SUSPECT"),
+        ("missing_workers", {}, {}, "", "INVALID"),
         ("tokens_disagree", {"output_tokens": 11}, {}, "", "SUSPECT"),
         ("drift", {"chunk_us": lambda i: [100_000 + 600 * i, *[20_000] * 7]}, {}, "", "SUSPECT"),
         ("before_server", {"server": {"queue_time_ms": 60, "time_to_first_token_ms": 90}}, {}, "", "INVALID"),
@@ -74,7 +76,8 @@ def test_a_flawless_run_is_valid(tmp_path):
     ],
 )  # fmt: skip
 def test_what_is_planted_is_found_and_nothing_else(tmp_path, name, fields, samples, experiment, level):
-    told, found = reasons(tmp_path, plain(**fields), [second(at, **samples) for at in range(1, 10)], experiment)
+    meta = {"missing_workers": 1, "workers": 2} if name == "missing_workers" else {}
+    told, found = reasons(tmp_path, plain(**fields), [second(at, **samples) for at in range(1, 10)], experiment, **meta)
 
     assert (told, list(found)) == (level, [name])
 
@@ -87,6 +90,22 @@ def test_reads_merged_by_the_server_are_not_ours_to_blame(tmp_path):
     together = [100_000, 0, 0, 20_000, 20_000, 20_000, 20_000, 20_000]
 
     assert reasons(tmp_path, plain(chunk_us=together), [second(at) for at in range(1, 10)])[0] == "VALID"
+
+
+def test_answers_may_be_short_where_nobody_said_how_long_they_are(tmp_path):
+    assert reasons(tmp_path, plain(max_tokens=99))[0] == "VALID"
+
+
+def test_one_stamp_that_is_not_the_kernels_does_not_judge_the_run(tmp_path):
+    fields = {"timestamp_source": lambda i: "user" if i == 7 else "kernel"}
+
+    assert reasons(tmp_path, plain(**fields), [second(at, lag=0.015) for at in range(1, 10)])[0] == "VALID"
+
+
+def test_the_cpu_of_the_native_readers_thread_is_not_the_loops(tmp_path):
+    samples = [second(at, cpu=1.2) | {"loop_cpu_s": 0.5} for at in range(1, 10)]
+
+    assert reasons(tmp_path, plain(), samples)[0] == "VALID"
 
 
 def test_connecting_is_no_late_send(tmp_path):

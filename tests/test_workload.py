@@ -20,7 +20,7 @@ def prompts_of(tmp_path, *lines, api="chat"):
 
 
 def body_of(prompt, **target):
-    return json.loads(request_body(prompt, Experiment(target=Target(**target)), "m"))
+    return request_body(prompt, Experiment(target=Target(**target)), "m")
 
 
 def test_a_prompt_of_text_becomes_one_user_message_for_chat(tmp_path):

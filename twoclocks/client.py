@@ -385,6 +385,8 @@ def _record(
         chunk_choice=run_lengths(stream.choices) if any(stream.choices) else None,
         timestamp_source="user" if exchange.user_stamps or not exchange.reads else "kernel",
         reads_merged=stream.reads_merged,
+        max_tokens=plan.max_tokens,
+        expected_output_tokens=plan.prompt.expected_output_tokens,
         prompt_tokens=stream.prompt_tokens,
         output_tokens=output_tokens,
         cached_tokens=stream.cached_tokens,
@@ -413,6 +415,8 @@ def _failure(exchange: Exchange, stream: Stream) -> Failure | None:
     """Why the request is not ok, or None. What the server says of an error tells more than how its connection ended."""
     response, failure = exchange.response, exchange.failure
     body = b"".join(piece for _, piece in exchange.reads[:100])
+    if failure is not None and failure.status == "cancelled":
+        return failure  # whatever the server had said: the caller has to know that it was told to stop
     if response.status not in (0, 200):
         return Failure("error", f"http_{response.status}", _error_text(body) or f"HTTP status {response.status}")
     if stream.error is not None:
@@ -426,6 +430,8 @@ def _failure(exchange: Exchange, stream: Stream) -> Failure | None:
         return Failure("error", "not_a_stream", f"answered without streaming: {_error_text(body)}")
     if stream.malformed is not None:
         return Failure("error", "malformed", stream.malformed)
+    if not stream.ended and not stream.kinds:
+        return Failure("error", "not_a_stream", f"status 200 without any event: {_error_text(body)[:200]}")
     if not stream.ended:
         return Failure("truncated", "no_end", "the stream ended without a finish reason or [DONE]")
     return None

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
@@ -21,6 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from twoclocks.endpoint import tls_context
 
 MAX_PAGE_BYTES = 32 * 1024 * 1024
+PAGE_S = 10.0
+ANSWER_S = 30.0
 SETTLE_S = 5.0
 IDLE_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 
@@ -32,13 +35,20 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     zero_ns: int  # the run's zero on time.monotonic_ns(), which all processes of a machine share
     metrics_urls: list[str]
     interval_s: float
-    headers: dict[str, str]
+    headers: dict[str, str]  # the key among them, for the target alone
+    target_url: str = ""
     tls_verify: bool | str
     tls_cert: str | None = None
     log_path: str | None
 
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def origin_of(url: str) -> tuple[str, str | None, int | None]:
+    """Scheme, host and port of an address."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def parse_page(text: str) -> tuple[Series, dict[str, str]]:
@@ -92,13 +102,17 @@ class Scraper:
         return (time.monotonic_ns() - self.job.zero_ns) / 1e9
 
     def _page(self) -> str:
-        with self.client.stream("GET", self.url) as response:
+        deadline = time.monotonic() + PAGE_S
+        headers = self.job.headers if origin_of(self.url) == origin_of(self.job.target_url) else {}
+        with self.client.stream("GET", self.url, headers=headers) as response:
             response.raise_for_status()
             body = b""
             for piece in response.iter_bytes():
                 body += piece
                 if len(body) > MAX_PAGE_BYTES:
                     raise ValueError(f"a page of more than {MAX_PAGE_BYTES} bytes")
+                if time.monotonic() > deadline:
+                    raise ValueError(f"a page that was not whole after {PAGE_S:g} s")
         return body.decode("utf-8", "replace")
 
 
@@ -155,7 +169,7 @@ def main() -> None:
     tail = LogTail(Path(job.log_path), folder / "server.log") if job.log_path else None
     tls, timeout = tls_context(job.tls_verify, job.tls_cert), max(2.0, job.interval_s)
     with (
-        httpx.Client(headers=job.headers, verify=tls, timeout=timeout) as client,
+        httpx.Client(verify=tls, timeout=timeout) as client,
         (folder / "server_samples.jsonl").open("ab") as out,
     ):
         scrapers = [Scraper(url, job, client, out) for url in job.metrics_urls]
@@ -230,11 +244,14 @@ class Collectors:
         try:
             self.process.stdin.write(line + b"\n")
             self.process.stdin.flush()
-            answer = self.process.stdout.readline()
+            if select.select([self.process.stdout], [], [], ANSWER_S)[0]:
+                answer = self.process.stdout.readline()
+            else:
+                self.process.kill()  # what it may still answer would be taken for the answer to something else
         except BrokenPipeError:
             pass  # told below: it is not there to answer
         if not answer:
-            return dict.fromkeys(self.urls, "the collecting process has ended")
+            return dict.fromkeys(self.urls, "the collecting process has ended, or did not answer")
         errors: dict[str, str | None] = msgspec.json.decode(answer)
         return errors
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from twoclocks import __version__, terminal
 from twoclocks.calibration import calibration_of, error_bars
-from twoclocks.errors import RunFolderError, TwoclocksError
+from twoclocks.errors import RunFolderError, TwoclocksError, plain
 from twoclocks.load import Run, load_run
 from twoclocks.metrics import Floats
 from twoclocks.plots import violins
@@ -143,7 +143,7 @@ def text(summary: dict[str, Any]) -> str:
         values.append("–" if row["low"] is None else f"{low} .. {high}")
         if row["verdict"] == "not resolved":
             values[3] += " *"
-        table.add_row(row["label"] if row["first"] else "", Text(terminal.plain(row["run"])), f"{row['n']:,}", *values)
+        table.add_row(row["label"] if row["first"] else "", Text(plain(row["run"])), f"{row['n']:,}", *values)
     lines = [
         Text(f"{run['label']}: {run['verdict']['level']}; {reason['reason']}; {reason['remedy']}.")
         for run in summary["runs"]

@@ -8,12 +8,16 @@ nothing is parsed while others stream.
 
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from twoclocks.record import TOKEN_KINDS, Kind, TokenSource
 from twoclocks.sse import MAX_EVENT_BYTES, EventTooLong, SseDecoder
+
+MAX_CHUNKS = 2**18
+"""More than any model answers; a hostile stream must not hold the others up."""
 
 
 class _Delta(msgspec.Struct, gc=False):  # as its neighbours: what JSON makes has no cycles
@@ -26,7 +30,7 @@ class _Delta(msgspec.Struct, gc=False):  # as its neighbours: what JSON makes ha
 
 
 class _Choice(msgspec.Struct, gc=False):
-    index: int = 0
+    index: Annotated[int, Meta(ge=0, lt=2**15)] = 0
     delta: _Delta | None = None
     text: str | None = None
     finish_reason: str | None = None
@@ -44,7 +48,7 @@ class _TgiDetails(msgspec.Struct, gc=False):
 
 
 class _Payload(msgspec.Struct, gc=False):
-    choices: list[_Choice] | None = None
+    choices: Annotated[list[_Choice], Meta(max_length=128)] | None = None
     usage: dict[str, Any] | None = None
     error: Any = None
     metrics: dict[str, Any] | None = None  # vLLM --enable-per-request-metrics
@@ -83,7 +87,7 @@ def parse_event(data: bytes) -> Event:
         return Event([], done=True)
     try:
         payload = _decode_payload(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if data.lstrip().startswith(b'{"error"'):  # transformers puts messages into its error event unescaped
             return Event([], error=data.decode("utf-8", "replace"))
         return Event([], malformed=f"{error}: {data[:200].decode('utf-8', 'replace')}")
@@ -190,6 +194,9 @@ def read_stream(reads: Iterable[tuple[int, bytes]]) -> Stream:
                 malformed = malformed or event.malformed
                 done = done or event.done
                 continue
+            if len(chunks) > MAX_CHUNKS:
+                malformed = f"an answer of more than {MAX_CHUNKS} chunks"
+                break
             count = _count(event.usage, "completion_tokens") if event.usage else None
             is_token = False
             for chunk in event.chunks:
@@ -255,9 +262,9 @@ def _events(reads: list[tuple[int, bytes]]) -> Iterator[tuple[bytes, int]]:
 
 
 def _count(usage: dict[str, Any] | None, key: str) -> int | None:
-    """A token count that can be one: usage may lie, and a negative or fractional count is no count."""
+    """A token count that can be one: usage may lie, and a negative, fractional or absurd count is no count."""
     value = (usage or {}).get(key)
-    return value if type(value) is int and value >= 0 else None
+    return value if type(value) is int and 0 <= value < 2**53 else None
 
 
 def _count_tokens(

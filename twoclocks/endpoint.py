@@ -32,7 +32,7 @@ class Endpoint(msgspec.Struct, frozen=True):
 def request_headers(target: Target) -> dict[str, str]:
     """The user's headers and the API key from the environment, which also the control plane sends."""
     headers = dict(target.headers)
-    key = os.environ.get(target.api_key_env)
+    key = os.environ.get(target.api_key_env, "").strip()
     if key and "authorization" not in {name.lower() for name in headers}:
         headers["Authorization"] = f"Bearer {key}"
     return headers
@@ -40,7 +40,10 @@ def request_headers(target: Target) -> dict[str, str]:
 
 def make_endpoint(target: Target, timeouts: Timeouts) -> Endpoint:
     """Raises ExperimentError if the address, a header or the CA bundle cannot be used."""
-    url = urlsplit(target.url)
+    try:
+        url = urlsplit(target.url)
+    except ValueError:
+        raise ExperimentError(f"target.url: expected http://HOST:PORT, found {target.url!r}") from None
     if url.hostname is None:
         raise ExperimentError(f"target.url: expected http://HOST:PORT, found {target.url!r}")
     base = url.path.rstrip("/").removesuffix("/v1")

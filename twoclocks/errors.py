@@ -8,6 +8,15 @@
 A failure of the server under test is data (a record with a status and an error kind), never an exception.
 """
 
+import re
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def plain(text: object) -> str:
+    """Text of a server made harmless: control characters, which could steer a terminal, are replaced."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text))
+
 
 class TwoclocksError(Exception):
     exit_code = 2

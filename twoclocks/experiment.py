@@ -126,11 +126,31 @@ def load_experiment(path: Path, overrides: Sequence[str] = (), environ: Mapping[
 
 
 def to_yaml(experiment: Experiment) -> str:
-    """The experiment as resolved. Header values are masked, since they may hold secrets."""
-    raw = msgspec.to_builtins(experiment)
-    raw["target"]["headers"] = dict.fromkeys(raw["target"]["headers"], "***")
+    """The experiment as resolved, without what may be secret."""
+    raw = masked(msgspec.to_builtins(experiment))
     text: str = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
     return text
+
+
+SECRET = re.compile(
+    r"(?:^|[^a-z0-9])(authorization|api[-_]?key|token|secret|password|passwd|headers|cookie|credentials?)\b",
+    re.IGNORECASE,
+)
+"""Names of what may be secret. api_key_env, max_tokens and the like are not among them."""
+
+
+def masked(tree: Any, *, is_secret: bool = False) -> Any:
+    """A tree of settings in which every value below a name of SECRET is replaced by ***."""
+    if isinstance(tree, dict):
+        return {key: masked(value, is_secret=is_secret or bool(SECRET.search(str(key)))) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [masked(value, is_secret=is_secret) for value in tree]
+    return "***" if is_secret and tree is not None else tree
+
+
+def masked_word(word: str) -> str:
+    """A command-line word without the value of what may be secret (--set target.headers.Authorization=...)."""
+    return re.sub(r"=.*", "=***", word, count=1, flags=re.DOTALL) if SECRET.search(word) else word
 
 
 def replace(experiment: Experiment, key: str, value: Any) -> Experiment:
@@ -241,3 +261,5 @@ def _check(experiment: Experiment, where: str) -> None:
     for url in [collect.metrics_url] if isinstance(collect.metrics_url, str) else collect.metrics_url:
         if url not in ("auto", "none") and not re.match(r"https?://", url):
             raise ExperimentError(f"{where}: collect.metrics_url: expected auto, none or a list of URLs, found {url!r}")
+        if re.match(r"https?://[^/]*@", url):
+            raise ExperimentError(f"{where}: collect.metrics_url: holds a password, which would be written down")

@@ -145,8 +145,16 @@ class ResponseReader:
 
 
 def request_head(host: str, path: str, headers: dict[str, str]) -> bytes:
-    """The head of a POST without its Content-Length and final blank line. Raises ValueError on CR, LF or NUL."""
+    """The head of a POST without its Content-Length and final blank line.
+
+    Raises ValueError, which names no value since it may be a secret, for what no header can hold.
+    """
     lines = [f"POST {path} HTTP/1.1", f"Host: {host}", *(f"{name}: {value}" for name, value in headers.items())]
     if any(re.search(r"[\r\n\0]", line) for line in lines):
         raise ValueError("a line break or NUL in a request header")
-    return "".join(f"{line}\r\n" for line in lines).encode("latin-1")
+    if any(value != value.strip() for value in headers.values()):
+        raise ValueError("blanks around the value of a request header")
+    try:
+        return "".join(f"{line}\r\n" for line in lines).encode("latin-1")
+    except UnicodeEncodeError:
+        raise ValueError("a letter beyond latin-1 in a request header") from None

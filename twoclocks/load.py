@@ -33,7 +33,7 @@ BATCH = 5000
 
 _FLOATS = (
     "intended_at", "connect_started_at", "connected_at", "sent_at", "written_at", "first_byte_at", "ended_at",
-    "prompt_tokens", "output_tokens", "cached_tokens", "turn", "http_status",
+    "max_tokens", "expected_output_tokens", "prompt_tokens", "output_tokens", "cached_tokens", "turn", "http_status",
 )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ class Run:
     @cached_property
     def self_samples(self) -> pd.DataFrame:
         """One row a second and process of the load generator: at, worker, loop_lag_s (a list), cpu_s, wall_s, ..."""
-        columns = ("at", "worker", "pid", "loop_lag_s", "cpu_s", "wall_s", "rss_mb", "open_file_limit")
+        columns = ("at", "worker", "pid", "loop_lag_s", "cpu_s", "loop_cpu_s", "wall_s", "rss_mb", "open_file_limit")
         rows = _json_lines(self.path / "self_samples.jsonl")
         return pd.DataFrame({name: [row.get(name) for row in rows] for name in columns})
 

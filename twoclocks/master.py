@@ -6,7 +6,6 @@ It lives in Locust's master, or in its only process. Workers send their finished
 import itertools
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,17 +19,17 @@ import gevent
 import msgspec
 from greenlet import GreenletExit
 from locust.env import Environment
-from locust.runners import MasterRunner
+from locust.runners import STATE_SPAWNING, STATE_STOPPED, MasterRunner
 
 from twoclocks import experiment as experiments
 from twoclocks.client import send
 from twoclocks.collect import Collectors, Job
 from twoclocks.endpoint import make_endpoint, request_headers, token_counter
-from twoclocks.errors import TwoclocksError
-from twoclocks.experiment import Experiment
+from twoclocks.errors import TwoclocksError, plain
+from twoclocks.experiment import Experiment, masked, masked_word
 from twoclocks.native import connect, reader_name
 from twoclocks.record import Record, encode_record
-from twoclocks.run_folder import RunFolder, first_meta
+from twoclocks.run_folder import RunFolder, first_meta, this_clock
 from twoclocks.selfwatch import watch
 from twoclocks.target import metrics_urls, resolve
 from twoclocks.user import Sender, StreamingUser
@@ -56,6 +55,7 @@ class MasterSide:
         self.collectors: Collectors | None = None
         self.timer: gevent.Greenlet | None = None
         self.watch: gevent.Greenlet | None = None
+        self.beginning: gevent.Greenlet | None = None  # who is in begin(), if anyone
         self.progress: gevent.Greenlet | None = None
         self.sender: Sender | None = None
         self.zero_ns = 0
@@ -80,14 +80,29 @@ class MasterSide:
 
     def begin(self) -> None:
         """Check the target, open the run folder, start the collectors, warm up, and start the clock."""
+        self.runner.update_state(STATE_SPAWNING)  # else Locust would not hear a stop before the first user
+        self.beginning = gevent.getcurrent()
         try:
             self._begin()
         except TwoclocksError as error:
-            sys.stderr.write(f"twoclocks: {error}\n")
-            self.environment.process_exit_code = error.exit_code
-            if self.options.headless:
-                gevent.spawn(self.runner.quit)
-            raise GreenletExit from None  # ends the greenlet that was about to spawn users
+            self._give_up(str(error), error.exit_code)
+        except Exception as error:
+            log.debug("the run could not begin", exc_info=True)
+            self._give_up(f"the run could not begin: {type(error).__name__}: {plain(error)}", TwoclocksError.exit_code)
+        finally:
+            self.beginning = None
+
+    def _give_up(self, why: str, exit_code: int) -> None:
+        sys.stderr.write(f"twoclocks: {why}\n")
+        self.environment.process_exit_code = exit_code
+        if self.folder is not None:
+            self.note(why)
+            self.stopping()
+            self.end()
+        self.runner.update_state(STATE_STOPPED)
+        if self.options.headless:
+            gevent.spawn(self.runner.quit)
+        raise GreenletExit from None  # ends the greenlet that was about to spawn users
 
     def _begin(self) -> None:
         if not self.options.headless:  # the web form may have changed users, rate, host and time
@@ -106,7 +121,7 @@ class MasterSide:
         target = experiment.target
         self.folder.write_meta(
             **first_meta(self.zero_ns),
-            overrides=_differences(self.written, experiment) | dict(_split(self.options.overrides)),
+            overrides=masked(_differences(self.written, experiment) | dict(_split(self.options.overrides))),
             labels=experiment.labels,
             reader=reader_name(endpoint),
             target={
@@ -163,6 +178,7 @@ class MasterSide:
             metrics_urls=metrics_urls(experiment.target, experiment.collect.metrics_url),
             interval_s=experiment.collect.metrics_interval_s,
             headers=request_headers(experiment.target),
+            target_url=experiment.target.url,
             tls_verify=experiment.target.tls_verify,
             tls_cert=experiment.target.tls_cert,
             log_path=None if log_setting == "none" else log_setting.removeprefix("file:"),
@@ -207,10 +223,7 @@ class MasterSide:
         try:
             self.folder.append(lines, name)
         except TwoclocksError as error:
-            if self.broken is None:
-                self.broken = str(error)
-                log.error("%s; stopping", error)  # noqa: TRY400  one line for the user, no traceback
-                gevent.spawn(self._stop_or_quit)
+            self._break(error)
 
     def keep_self(self, lines: bytes) -> None:
         """Append to self_samples.jsonl."""
@@ -218,9 +231,23 @@ class MasterSide:
 
     def note(self, text: str) -> None:
         """Something the user should know, now and in the report."""
-        log.warning(text)
+        log.warning(plain(text))
         assert self.folder is not None
-        self.folder.write_meta(notes=[*self.folder.meta["notes"], text])
+        self._tell(notes=[*self.folder.meta["notes"], text])
+
+    def _tell(self, **changes: Any) -> None:
+        """Change run.json; when that fails the run is over, as in keep()."""
+        assert self.folder is not None
+        try:
+            self.folder.write_meta(**changes)
+        except TwoclocksError as error:
+            self._break(error)
+
+    def _break(self, error: TwoclocksError) -> None:
+        if self.broken is None:
+            self.broken = str(error)
+            log.error("%s; stopping", error)
+            gevent.spawn(self._stop_or_quit)
 
     def _now(self) -> float:
         return (time.monotonic_ns() - self.zero_ns) / 1e9
@@ -261,7 +288,7 @@ class MasterSide:
             "experiment": msgspec.json.encode(self.experiment),
             "model": self.model,
             "zero_ns": self.zero_ns,
-            "hostname": socket.gethostname(),
+            "clock": this_clock(),
             "share": self.shares[client_id],
             "shares": max(1, len(self.runner.clients.all)),
         }
@@ -293,7 +320,9 @@ class MasterSide:
         if self.sender is not None:
             self.sender.stopping = True
         if self.folder.meta["window"]["ended_at"] is None:
-            self.folder.write_meta(window=self.folder.meta["window"] | {"ended_at": self._now()})
+            self._tell(window=self.folder.meta["window"] | {"ended_at": self._now()})
+        if self.beginning is not None and self.beginning is not gevent.getcurrent():
+            self.beginning.kill()  # a warm-up that goes on would begin a window after the end
 
     def end(self) -> None:
         """Collect the last lines, close the folder, build the report, set the exit code."""
@@ -306,14 +335,16 @@ class MasterSide:
             self.watch.kill()
         if self.collectors is not None:
             self.collectors.stop()
-        folder.write_meta(
+        missing = len(set(self.shares) - set(self.sent))
+        self._tell(
             status="finished" if self.time_is_up else "interrupted",
             ended_at=self._now(),
-            in_flight=0,
+            in_flight=None if missing else 0,
+            missing_workers=missing,
             lost_records=sum(self.sent.values()) - sum(self.received.get(worker, 0) for worker in self.sent),
         )
         folder.close()
-        self.folder, self.sender, self.collectors = None, None, None
+        self.folder, self.sender, self.collectors, self.watch = None, None, None, None
         self.ended.append(folder.path)
         if self.broken is not None:
             self.environment.process_exit_code = 4
@@ -392,5 +423,5 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _split(overrides: list[str]) -> Iterator[tuple[str, str]]:
     for override in overrides:
-        key, _, value = override.partition("=")
-        yield key, "***" if "headers" in key else value
+        key, _, value = masked_word(override).partition("=")
+        yield key, value

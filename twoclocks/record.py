@@ -45,6 +45,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     chunk_choice: list[tuple[int, int]] | None = None  # run lengths of the choice index; None with one choice
     timestamp_source: Literal["kernel", "user"] = "user"
     reads_merged: int = 0  # reads that carried several token chunks, whose own times are therefore lost
+    max_tokens: int | None = None  # what the request allowed
+    expected_output_tokens: int | None = None  # what the request file said of the answer
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     cached_tokens: int | None = None

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from twoclocks import terminal
-from twoclocks.errors import RunFolderError
+from twoclocks.errors import RunFolderError, plain
 from twoclocks.load import Run, load_run
 from twoclocks.plots import timeline, violins
 from twoclocks.summary import summarise
@@ -73,10 +73,10 @@ def page(template: str, **values: Any) -> str:
         bucket=terminal.bucket,
         scraped_span=terminal.scraped_span,
         shown_unit=terminal.shown_unit,
-        plain=terminal.plain,
+        plain=plain,
         instrument=terminal.instrument,
         resolved=terminal.resolved,
-        plain_lines=lambda text: "\n".join(terminal.plain(line) for line in text.splitlines()),
+        plain_lines=lambda text: "\n".join(plain(line) for line in text.splitlines()),
         short=terminal.SHORT,
         labels=terminal.LABELS,
         style=(files / "style.css").read_text(encoding="utf-8"),
@@ -109,7 +109,7 @@ def _html(run: Run, summary: dict[str, Any]) -> str:
     return page(
         "report.html",
         summary=summary,
-        target=" · ".join(terminal.plain(part) for part in target if part),
+        target=" · ".join(plain(part) for part in target if part),
         date=date,
         cards=_cards(figures),
         violin=picture(run.path / VIOLIN),

@@ -18,9 +18,7 @@ import msgspec
 
 from twoclocks import __version__
 from twoclocks.errors import RunFolderError, TwoclocksError
-from twoclocks.experiment import Experiment, to_yaml
-
-SECRET_OPTION = re.compile(r"(authorization|api[-_]?key|token|secret|password|headers)\b[^=]*=", re.IGNORECASE)
+from twoclocks.experiment import Experiment, masked_word, to_yaml
 
 
 class RunFolder:
@@ -48,8 +46,11 @@ class RunFolder:
                 raise RunFolderError(
                     f"{path}: the run folder cannot be made: {error.strerror}; name another place with --set output=DIR"
                 ) from None
-            (path / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")
-            return cls(path)
+            try:
+                (path / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")
+                return cls(path)
+            except OSError as error:
+                raise RunFolderError(f"{path}: cannot be written: {error.strerror}") from None
         raise RunFolderError(f"{parent}: holds a hundred runs of this second; wait a moment")
 
     def append(self, lines: bytes, name: str = "requests.jsonl") -> None:
@@ -61,17 +62,28 @@ class RunFolder:
             raise TwoclocksError(f"{self.path / name}: cannot be written: {error.strerror}") from None
 
     def write_meta(self, **changes: Any) -> None:
-        """Replace run.json by what is known so far."""
+        """Replace run.json by what is known so far. Raises TwoclocksError when the disk does not take it."""
         self.meta |= changes
         text = msgspec.json.format(msgspec.json.encode(self.meta), indent=2)
         new = self.path / "run.json.new"
-        new.write_bytes(text + b"\n")
-        new.replace(self.path / "run.json")
+        try:
+            new.write_bytes(text + b"\n")
+            new.replace(self.path / "run.json")
+        except OSError as error:
+            raise TwoclocksError(f"{self.path / 'run.json'}: cannot be written: {error.strerror}") from None
 
     def close(self) -> None:
         """No more lines will come."""
         for file in self._files.values():
             os.close(file)
+
+
+def this_clock() -> str:
+    """Names time.monotonic() of this machine's boot, which all its processes and containers share."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
 
 
 def first_meta(zero_ns: int) -> dict[str, Any]:
@@ -85,7 +97,7 @@ def first_meta(zero_ns: int) -> dict[str, Any]:
             "platform": platform.platform(),
             "python": platform.python_version(),
         },
-        "command_line": [_masked(word) for word in sys.argv],
+        "command_line": [masked_word(word) for word in sys.argv],
         "status": "running",
         "window": {"started_at": None, "ended_at": None},
         "ended_at": None,
@@ -93,8 +105,3 @@ def first_meta(zero_ns: int) -> dict[str, Any]:
         "lost_records": 0,
         "notes": [],
     }
-
-
-def _masked(word: str) -> str:
-    """A command-line word without the value of what may be a secret (--set target.headers.Authorization=...)."""
-    return re.sub(r"=.*", "=***", word, flags=re.DOTALL) if SECRET_OPTION.search(word) else word

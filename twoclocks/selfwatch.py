@@ -22,6 +22,7 @@ class SelfSample(msgspec.Struct, frozen=True):
     pid: int
     loop_lag_s: list[float]  # how late each tick was
     cpu_s: float  # CPU time of the process, all threads
+    loop_cpu_s: float  # CPU time of the event loop's thread; the rest is the native reader's
     wall_s: float
     rss_mb: float  # the largest so far
     open_file_limit: int
@@ -31,20 +32,21 @@ def watch(zero_ns: int, worker: int, pid: int, write: Callable[[bytes], None]) -
     """Write a line a second, for ever. Runs in a greenlet of its own."""
     encoder = msgspec.json.Encoder()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    cpu, began = time.process_time(), time.monotonic()
+    cpu, loop_cpu, began = time.process_time(), time.thread_time(), time.monotonic()
     for lags in _ticks():
-        now_cpu, now = time.process_time(), time.monotonic()
+        now_cpu, now_loop_cpu, now = time.process_time(), time.thread_time(), time.monotonic()
         sample = SelfSample(
             at=(time.monotonic_ns() - zero_ns) / 1e9,
             worker=worker,
             pid=pid,
             loop_lag_s=lags,
             cpu_s=now_cpu - cpu,
+            loop_cpu_s=now_loop_cpu - loop_cpu,
             wall_s=now - began,
             rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             open_file_limit=limit,
         )
-        cpu, began = now_cpu, now
+        cpu, loop_cpu, began = now_cpu, now_loop_cpu, now
         write(encoder.encode(sample) + b"\n")
 
 

@@ -42,7 +42,7 @@ def _version(client: httpx.Client, target: Target) -> str | None:
         ) from None
     try:
         version = msgspec.json.decode(response.content, type=dict[str, object]).get("version")
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return None
     return str(version) if response.is_success and version else None
 
@@ -62,9 +62,14 @@ def _first_model(client: httpx.Client, target: Target) -> str:
     try:
         models = msgspec.json.decode(response.content)["data"]
         return str(models[0]["id"])
-    except (msgspec.DecodeError, KeyError, IndexError, TypeError):
+    except (msgspec.DecodeError, RecursionError, KeyError, IndexError, TypeError):
         raise TargetError(f"{target.url}/v1/models: names no model; {how}") from None
 
 
 def _reason(error: httpx.HTTPError) -> str:
-    return str(error) or type(error).__name__
+    # what httpx says of a header that it cannot send holds the header
+    return (
+        "a header that cannot be sent"
+        if isinstance(error, httpx.LocalProtocolError)
+        else str(error) or type(error).__name__
+    )

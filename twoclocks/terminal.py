@@ -2,7 +2,6 @@
 
 import io
 import math
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +10,8 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+
+from twoclocks.errors import plain
 
 WIDTH = 118
 LABELS = {
@@ -22,8 +23,6 @@ LABELS = {
     "e2e": "Request duration (E2E)",
 }
 SHORT = {"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "E2E"} | {n: n for n in ("queue", "prefill", "decode")}
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def number(value: float | None, unit: str) -> str:
@@ -59,11 +58,6 @@ def bucket(interval: dict[str, float | None] | None) -> str:
 def _rounded(seconds: float) -> str:
     """An estimate in ms, in three digits, never as a power of ten."""
     return f"{float(f'{seconds * 1e3:.3g}'):,.12g}"
-
-
-def plain(text: object) -> str:
-    """Text of a server made harmless: control characters, which could steer a terminal, are replaced."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text))
 
 
 def render(summary: dict[str, Any]) -> RenderableType:

@@ -15,6 +15,7 @@ from locust.exception import StopUser
 
 from twoclocks.client import Origin, send
 from twoclocks.endpoint import Endpoint
+from twoclocks.errors import plain
 from twoclocks.experiment import Experiment
 from twoclocks.native import connect
 from twoclocks.record import TOKEN_KINDS, Record, encode_record
@@ -77,7 +78,7 @@ class StreamingUser(User):
 
 def fire_request(environment: Environment, experiment: Experiment, record: Record) -> None:
     """One event of Locust's own statistics: time from send to the last token, in ms, and the tokens as length."""
-    message = (record.error_message or "")[:120]
+    message = plain(record.error_message or "")[:120]
     failed = None if record.status == "ok" else RuntimeError(f"{record.error_kind}: {message}")
     environment.events.request.fire(
         request_type="POST",

@@ -3,7 +3,6 @@
 import itertools
 import logging
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from locust.env import Environment
 
 from twoclocks.endpoint import make_endpoint, token_counter
 from twoclocks.experiment import Experiment
+from twoclocks.run_folder import this_clock
 from twoclocks.selfwatch import watch
 from twoclocks.user import Sender, StreamingUser
 from twoclocks.workload import load_prompts, plans
@@ -42,8 +42,10 @@ class WorkerSide:
         """What the master says before it spawns users here."""
         data = msg.data
         experiment = msgspec.json.decode(data["experiment"], type=Experiment)
-        if data["hostname"] != socket.gethostname():
-            log.warning("worker on another host than the master: its times use this host's clock zero, unsynchronised")
+        if data["clock"] != this_clock():
+            log.error("this worker has another clock than the master; workers on other hosts are not supported yet")
+            self.runner.quit()
+            return
         prompts = load_prompts(Path(experiment.workload.requests), experiment.target.api)
         self.run, self.lines, self.self_lines, self.count = data["run"], [], [], 0
         self.watch = gevent.spawn(watch, data["zero_ns"], data["share"], os.getpid(), self.self_lines.append)

@@ -35,6 +35,7 @@ class Plan(msgspec.Struct, frozen=True):
     request_id: str
     prompt: Prompt
     body: bytes
+    max_tokens: int | None = None  # that the body allows
 
 
 def load_prompts(path: Path, api: str) -> list[Prompt]:
@@ -77,8 +78,8 @@ def _prompt(line: bytes, number: int, path: Path, api: str) -> Prompt:
     )
 
 
-def request_body(prompt: Prompt, experiment: Experiment, model: str) -> bytes:
-    """The JSON body of a streamed request. ``target.extra_body`` wins over all, a prompt over the defaults."""
+def request_body(prompt: Prompt, experiment: Experiment, model: str) -> dict[str, Any]:
+    """The body of a streamed request. ``target.extra_body`` wins over all, a prompt over the defaults."""
     target, workload = experiment.target, experiment.workload
     if target.api == "tgi-generate":
         return _tgi_body(prompt, experiment)
@@ -90,17 +91,17 @@ def request_body(prompt: Prompt, experiment: Experiment, model: str) -> bytes:
         body["stream_options"]["continuous_usage_stats"] = True
     if workload.ignore_eos:
         body["ignore_eos"] = True
-    return msgspec.json.encode(body | prompt.body | target.extra_body)
+    return body | prompt.body | target.extra_body
 
 
-def _tgi_body(prompt: Prompt, experiment: Experiment) -> bytes:
+def _tgi_body(prompt: Prompt, experiment: Experiment) -> dict[str, Any]:
     """TGI's own form: the prompt as `inputs`, the rest as `parameters`; `details` bring the token counts at the end."""
     parameters = {"max_new_tokens": experiment.workload.max_tokens, "details": True}
     fields = {name: value for name, value in prompt.body.items() if name not in ("prompt", "max_tokens")}
     if "max_tokens" in prompt.body:
         parameters["max_new_tokens"] = prompt.body["max_tokens"]
     body = {"inputs": prompt.body["prompt"], "parameters": parameters | fields}
-    return msgspec.json.encode(body | experiment.target.extra_body)
+    return body | experiment.target.extra_body
 
 
 def order_prompts(prompts: list[Prompt], order: str, seed: int) -> Iterator[Prompt]:
@@ -117,10 +118,19 @@ def plans(
     experiment: Experiment, prompts: list[Prompt], model: str, *, share: int = 0, shares: int = 1
 ) -> Iterator[Plan]:
     """An endless sequence of plans; worker ``share`` of ``shares`` gets every ``shares``-th prompt of the one order."""
-    bodies: dict[int, bytes] = {}  # by identity, since ids of a user's file may repeat
+    bodies: dict[int, tuple[bytes, int | None]] = {}  # by identity, since ids of a user's file may repeat
     ordered = order_prompts(prompts, experiment.workload.order, experiment.workload.seed)
     for prompt in itertools.islice(ordered, share, None, shares):
-        body = bodies.get(id(prompt))
-        if body is None:
-            body = bodies[id(prompt)] = request_body(prompt, experiment, model)
-        yield Plan(request_id=secrets.token_hex(16), prompt=prompt, body=body)
+        made = bodies.get(id(prompt))
+        if made is None:
+            body = request_body(prompt, experiment, model)
+            made = bodies[id(prompt)] = (msgspec.json.encode(body), _max_tokens(body))
+        yield Plan(secrets.token_hex(16), prompt, *made)
+
+
+def _max_tokens(body: dict[str, Any]) -> int | None:
+    parameters = body.get("parameters")
+    asked = body.get("max_completion_tokens", body.get("max_tokens"))
+    if asked is None and isinstance(parameters, dict):
+        asked = parameters.get("max_new_tokens")
+    return asked if isinstance(asked, int) else None
