@@ -67,6 +67,7 @@ class FakeServer:
     def __init__(self, script: Callable[[dict], Iterable] | None = None) -> None:
         self.script = script or (lambda body: plain_answer())
         self.metrics: Callable[[], list] = lambda: response(200, b"", "text/plain")
+        self.on_get: Callable[[dict[str, str]], object] = lambda headers: None
         self.requests: list[tuple[dict[str, str], dict]] = []
         self.sent_ns: list[list[int]] = []
         self.connections = 0
@@ -103,6 +104,8 @@ class FakeServer:
         with connection:
             while (request := self._request(connection)) is not None:
                 method_path, headers, body = request
+                if method_path.startswith("GET"):
+                    self.on_get(headers)
                 if method_path == "GET /v1/models":
                     steps = response(200, json.dumps({"data": [{"id": "fake-model"}]}).encode())
                 elif method_path == "GET /metrics":

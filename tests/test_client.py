@@ -359,3 +359,10 @@ def test_no_thread_is_left_behind():
     answered(*plain_answer())
 
     assert threading.active_count() == before
+
+
+def test_a_page_under_200_is_no_cut_stream():
+    record = answered(*response(200, b"<html>login</html>", "text/html"))
+
+    assert (record.status, record.error_kind) == ("error", "not_a_stream")
+    assert "<html>login</html>" in record.error_message

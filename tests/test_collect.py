@@ -163,3 +163,12 @@ def test_an_unreachable_target_says_how_to_go_on():
 )
 def test_which_pages_are_scraped(server, setting, expected):
     assert metrics_urls(Target(url="http://h:1/v1", server=server), setting) == expected
+
+
+def test_a_page_that_drips_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("twoclocks.collect.PAGE_S", 0.3)
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n"
+    _, errors = scrapes([[head, *[0.05, b"#"] * 100], page(a=1), page(a=1)], tmp_path)
+
+    assert "not whole after" in errors[0]
+    assert errors[1:] == [None, None]

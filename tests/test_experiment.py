@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from twoclocks.errors import ExperimentError
-from twoclocks.experiment import Experiment, load_experiment, replace, to_yaml
+from twoclocks.experiment import Experiment, load_experiment, masked_word, replace, to_yaml
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -86,3 +86,26 @@ def test_the_resolved_experiment_reads_back_and_hides_headers(load, tmp_path):
 
     assert "secret-1" not in text
     assert load(text) == replace(experiment, "target.headers", {"Authorization": "***"})
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("target.headers.X=s", "target.headers.X=***"),
+        ("target={url: u, headers: {A: s}}", "target=***"),
+        ("target.extra_body.api_key=s", "target.extra_body.api_key=***"),
+        ("target.extra_body={password: s}", "target.extra_body=***"),
+        ("workload.max_tokens=5", "workload.max_tokens=5"),
+        ("target.api_key_env=MINE", "target.api_key_env=MINE"),
+        ("target.tokenizer=t.json", "target.tokenizer=t.json"),
+    ],
+)
+def test_what_may_be_secret_is_masked_and_nothing_else(word, shown):
+    assert masked_word(word) == shown
+
+
+def test_secrets_deep_in_the_experiment_are_masked(load):
+    text = to_yaml(load("target: {extra_body: {auth: {token: secret-1}, credentials: [secret-2], top_k: 3}}"))
+
+    assert "secret-" not in text
+    assert "top_k: 3" in text

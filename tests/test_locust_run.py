@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -29,11 +30,18 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(tmp_path, *words_, headless=True):
+def started(tmp_path, *words_, headless=True, file_limit=None):
     """Locust as a child that does not outlive the test, whatever becomes of it."""
     port = str(free_port())  # Locust's own would meet another master of this machine
     command = [LOCUST, "-f", str(ROOT / "load_test.py"), "--only-summary", "--set", f"output={tmp_path}", *words_]
     command += ["--master-bind-port", port, "--master-port", port, *(["--headless"] if headless else [])]
+
+    def prepare():
+        # a shell's background job, as tests may be, ignores Ctrl-C, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if file_limit:  # a file that may not grow is met as a full disk is
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -41,8 +49,7 @@ def started(tmp_path, *words_, headless=True):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        # a shell's background job, as tests may be, ignores Ctrl-C, and so would its children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=prepare,
     )
     try:
         yield process
@@ -303,3 +310,96 @@ def listening_port(pid) -> int | None:
         if state == "0A" and rest[5] in inodes:
             return int(local.split(":")[1], 16)
     return None
+
+
+DEEP = b'data: {"x":' + b"[" * 5000 + b"]" * 5000 + b"}\n\n"
+
+
+def test_a_hostile_answer_is_a_record_and_the_run_ends(tmp_path):
+    with FakeServer(lambda body: [HEAD, chunked(DEEP), b"0\r\n\r\n"]) as server:
+        code, output = run(tmp_path, "-H", server.url, "-t", "2", "--no-report")
+    records, meta = read(tmp_path)
+
+    assert {record.error_kind for record in records} == {"malformed"}, output
+    assert (code, meta["status"]) == (1, "finished")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("ALL_PROXY", "socks5h://127.0.0.1:9"), ("OPENAI_API_KEY", "sk-secret-\N{SNOWMAN}")]
+)
+def test_a_run_that_cannot_begin_says_so_and_ends(tmp_path, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with FakeServer() as server:
+        code, output = run(tmp_path, "-H", server.url, "-t", "60", "--no-report")
+
+    assert code == 2, output
+    assert len(re.findall(r"^twoclocks: .+", output, re.M)) == 1
+    assert "Traceback" not in output
+    assert "secret" not in output
+
+
+@pytest.mark.parametrize("processes", [(), ("--processes", "2")])
+def test_a_stop_during_the_warm_up_ends_the_run(tmp_path, processes):
+    with FakeServer(lambda body: [HEAD, chunked(delta(role="assistant")), HANG]) as server:
+        with started(tmp_path, "-H", server.url, "-t", "60", "--no-report", *processes) as process:
+            wait_for(lambda: len(server.requests) == 4)
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=60)
+    records, meta = read(tmp_path)
+
+    assert [record.status for record in records] == ["cancelled"] * 4, output
+    assert (meta["status"], meta["window"]["started_at"]) == ("interrupted", None)
+    assert "measuring for" not in output
+
+
+def test_a_worker_that_dies_makes_the_run_invalid(tmp_path):
+    with FakeServer(lambda body: plain_answer(5, gap_s=0.01)) as server:
+        words_ = ("-H", server.url, "-u", "2", "-r", "2", "-t", "8", "--processes", "2")
+        with started(tmp_path, *words_, "--set", "load.drain_s=1") as process:
+            wait_for(lambda: len(server.requests) > 12)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            worker = next(pid for pid in children if b"--processes" in Path(f"/proc/{pid}/cmdline").read_bytes())
+            os.kill(int(worker), signal.SIGKILL)
+            output, _ = process.communicate(timeout=120)
+    _, meta = read(tmp_path)
+
+    assert (meta["missing_workers"], meta["in_flight"]) == (1, None), output
+    assert process.returncode == 4
+    assert "1 of 2 workers ended before the run did" in output
+
+
+def test_secrets_of_any_place_stay_out_of_files_and_output(tmp_path):
+    with FakeServer(lambda body: plain_answer()) as server:
+        target = f"target={{url: '{server.url}', headers: {{Authorization: Bearer secret-1}}}}"
+        words_ = ("--set", target, "--set", "target.extra_body.api_key=secret-2")
+        _, output = run(tmp_path, *words_, "-t", "1", "--no-report")
+        headers, body = server.requests[-1]
+    texts = [path.read_text() for path in only_run(tmp_path).iterdir()]
+
+    assert (headers["authorization"], body["api_key"]) == ("Bearer secret-1", "secret-2")
+    assert not any("secret-" in text for text in [*texts, output])
+
+
+def test_the_key_goes_to_the_target_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-1")
+    seen = {}
+    with FakeServer(lambda body: plain_answer()) as server, FakeServer() as other:
+        for name, one in (("target", server), ("other", other)):
+            one.on_get = lambda headers, name=name: seen.setdefault(name, []).append(headers.get("authorization"))
+        pages = f"[{server.url}/metrics, {other.url}/metrics]"
+        run(tmp_path, "-H", server.url, "-t", "1", "--no-report", "--set", f"collect.metrics_url={pages}")
+
+    assert set(seen["target"]) == {"Bearer sk-secret-1"}
+    assert set(seen["other"]) == {None}
+
+
+def test_a_disk_that_is_full_ends_the_run_as_invalid(tmp_path):
+    with FakeServer(lambda body: plain_answer(5, gap_s=0.01)) as server:
+        with started(tmp_path, "-H", server.url, "-u", "4", "-t", "60", "--no-report", file_limit=20_000) as process:
+            output, _ = process.communicate(timeout=100)
+    records, _ = read(tmp_path)
+
+    assert process.returncode == 4, output
+    assert re.search(r"requests\.jsonl: cannot be written: .*; stopping", output)
+    assert "Traceback" not in output
+    assert len(records) > 4

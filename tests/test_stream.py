@@ -10,7 +10,7 @@ from fake_server import DONE, chunked, delta, event, usage, words
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twoclocks.dialect import _events, parse_event, read_stream
+from twoclocks.dialect import MAX_CHUNKS, _events, parse_event, read_stream
 from twoclocks.http1 import ProtocolError, ResponseReader, request_head
 from twoclocks.record import expand, run_lengths
 from twoclocks.sse import MAX_EVENT_BYTES, EventTooLong, SseDecoder
@@ -377,3 +377,28 @@ def test_tgis_own_error_event():
     stream = read(tgi_token("a"), b'data:{"error":"out of memory","error_type":"generation"}\n\n')
 
     assert stream.error == "out of memory"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"x":' + b"[" * 5000 + b"]" * 5000 + b"}",
+        b'{"choices": [{"index": 70000, "delta": {"content": "a"}}]}',
+        b'{"choices": [' + b"{}," * 200 + b"{}]}",
+    ],
+)
+def test_absurd_events_are_malformed(data):
+    assert parse_event(data).malformed
+
+
+def test_a_count_beyond_every_integer_that_a_float_holds_is_not_believed():
+    stream = read(*words(2), b'data: {"choices": [], "usage": {"completion_tokens": %s}}\n\n' % (b"9" * 330), DONE)
+
+    assert (stream.output_tokens, stream.token_source) == (2, "chunks")
+
+
+def test_chunks_without_end_are_cut_off():
+    stream = read_stream([(0, b"data: {}\n\n" * (MAX_CHUNKS + 10))])
+
+    assert stream.malformed == f"an answer of more than {MAX_CHUNKS} chunks"
+    assert len(stream.kinds) <= MAX_CHUNKS + 1
