@@ -249,6 +249,13 @@ def test_running_usage_counts_tokens_without_any_text():
     assert (stream.tokens, stream.token_source) == ([0, 1, 1, 1, 1, 0], "per-chunk usage")
 
 
+def test_usage_at_the_end_of_an_answer_without_text_is_no_running_count():
+    finish = delta(finish_reason="length", usage={"completion_tokens": 4, "prompt_tokens": 2})
+    stream = read(delta(role="assistant"), finish)
+
+    assert (stream.tokens, stream.output_tokens, stream.token_source) == ([0, 0], 4, "usage")
+
+
 def test_running_usage_of_a_cut_stream_is_its_count():
     stream = read(
         delta(content="ab", usage={"completion_tokens": 2}), delta(content="c", usage={"completion_tokens": 3})

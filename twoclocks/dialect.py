@@ -280,8 +280,12 @@ def _count_tokens(
             per_chunk[index] = None if count is None else max(0, count - last.get(chunk.choice, 0))
             if count is not None:
                 last[chunk.choice] = count
-    # an answer may be tokens without text from beginning to end
-    is_running = bool(last) and all(running[index] is not None for index in token_chunks)
+    # usage at the end alone is no running count; and an answer may be tokens without text from beginning to end
+    told = any(
+        count is not None and chunk.finish_reason is None and chunk.kind != "usage"
+        for chunk, count in zip(chunks, running, strict=True)
+    )
+    is_running = told and all(running[index] is not None for index in token_chunks)
     total = _count(usage, "completion_tokens")
     if is_running:
         plain = all(count == (index in token_chunks) for index, count in enumerate(per_chunk))
