@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,3 +175,14 @@ def test_the_maker_of_test_runs_writes_valid_json(tmp_path):
 
     for text in (tmp_path / "r" / "server_samples.jsonl").read_text().splitlines():
         assert {"url", "at", "until", "samples"} <= set(json.loads(text))
+
+
+def test_the_example_that_the_readme_shows_is_there_and_loads():
+    root = Path(__file__).parent.parent
+    run = twoclocks.load_run(root / "output" / "example")
+    counter = run.server_samples.query("series == 'vllm:generation_tokens_total'")["value"]
+
+    assert "(output/example/plots/client_vs_server_violin.png)" in (root / "README.md").read_text()
+    assert (root / "output" / "example" / "plots" / "client_vs_server_violin.png").stat().st_size > 10_000
+    assert run.ok["server_source"].eq("in-band").all()
+    assert run.requests["output_tokens"].sum() == counter.iloc[-1] - counter.iloc[0]
