@@ -18,7 +18,7 @@ from twoclocks.endpoint import Endpoint
 from twoclocks.errors import plain
 from twoclocks.experiment import Experiment
 from twoclocks.native import connect
-from twoclocks.record import TOKEN_KINDS, Record, encode_record
+from twoclocks.record import TOKEN_KINDS, Record, encode_record, expand
 from twoclocks.workload import Plan
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # a user's pause after a failure, doubled each time, so that it cannot spin
@@ -92,8 +92,7 @@ def fire_request(environment: Environment, experiment: Experiment, record: Recor
 
 def duration_s(record: Record) -> float:
     """E2E (last token chunk - sent_at) of a request with tokens; of any other the time until it was given up."""
-    kinds = [kind for kind, count in record.chunk_kinds for _ in range(count)]
-    tokens = [index for index, kind in enumerate(kinds) if kind in TOKEN_KINDS]
+    tokens = [index for index, kind in enumerate(expand(record.chunk_kinds)) if kind in TOKEN_KINDS]
     if tokens:
         return sum(record.chunk_us[: tokens[-1] + 1]) / 1e6
     return record.ended_at - (record.intended_at if record.sent_at is None else record.sent_at)
