@@ -20,7 +20,17 @@ Api = Literal["chat", "completions", "tgi-generate"]
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
 NoneWord = Literal["none"]
+
+
+class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One thing on the way from the client to the engine, such as a gateway, and where it tells of itself."""
+
+    name: str
+    metrics_url: str | list[str] = "none"
+    histogram: str | None = None  # in that page: seconds from its receipt of a request to the first byte or token
+    service: str | None = None  # service.name of its OTLP spans
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -34,6 +44,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     extra_body: dict[str, Any] = {}  # merged into every request
     tls_verify: bool | str = True  # True, False, or the path of a CA bundle
     tls_cert: str | None = None  # path of a client certificate with its key (PEM)
+    stages: list[Stage] = []  # what stands between the client and the server, the outermost first
     tokenizer: str | None = None  # path of a tokenizer.json; counts answers of servers that send no usage
 
 
@@ -67,7 +78,12 @@ class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 class Collect(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     metrics_url: str | list[str] = "auto"  # auto | none | a list of URLs, one a replica
     metrics_interval_s: Positive = 1
-    log: str = "none"  # none | file:PATH
+    otlp_port: Port | NoneWord = 4318  # OTLP over HTTP; none: no receiver
+    otlp_grpc_port: Port | NoneWord = 4317  # OTLP over gRPC
+    otlp_host: str = "127.0.0.1"  # where the receiver listens
+    otlp_tail_s: NotNegative = 8  # how long the end of a run waits for spans: exporters send a batch every 5 s
+    log: str = "none"  # none | file:PATH | command:ARGV
+    gpu: str | list[str] = "auto"  # auto (NVML, on this machine) | none | the addresses of DCGM exporters
 
 
 class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
