@@ -223,7 +223,7 @@ def test_any_split_of_a_stream_gives_the_same_but_for_times(cuts):
 def test_the_kind_of_a_chunk(payload, kind):
     (data,) = decode([payload])
 
-    assert [chunk.kind for chunk in parse_event(data).chunks] == [kind]
+    assert [chunk[0] for chunk in parse_event(data)[0]] == [kind]
 
 
 def test_running_usage_counts_the_tokens_of_merged_chunks():
@@ -395,7 +395,8 @@ def test_tgis_own_error_event():
     ],
 )
 def test_absurd_events_are_malformed(data):
-    assert parse_event(data).malformed
+    assert parse_event(data) == ([], None)
+    assert read(b"data: " + data + b"\n\n").malformed
 
 
 def test_a_count_beyond_every_integer_that_a_float_holds_is_not_believed():

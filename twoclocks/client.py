@@ -335,7 +335,7 @@ def _first_token_watch() -> Callable[[bytes], bool]:
             events = [parse_event(data) for data in decoder.feed(body)]
         except EventTooLong:
             return True  # told at the end; until then the other timeouts hold
-        return any(chunk.kind in TOKEN_KINDS for event in events for chunk in event.chunks)
+        return any(kind in TOKEN_KINDS for chunks, _ in events for kind, *_ in chunks)
 
     return is_token
 
@@ -438,4 +438,4 @@ def _failure(exchange: Exchange, stream: Stream) -> Failure | None:
 
 
 def _error_text(body: bytes) -> str:
-    return parse_event(body).error or body[:500].decode("utf-8", "replace").strip()
+    return parse_event(body)[1] or body[:500].decode("utf-8", "replace").strip()

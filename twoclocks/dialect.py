@@ -6,8 +6,9 @@ reasoning text, whether [DONE] is sent, and the shape of an error event. Pure; r
 nothing is parsed while others stream.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import accumulate
+from itertools import accumulate, compress
 from typing import Annotated, Any
 
 import msgspec
@@ -47,9 +48,15 @@ class _TgiDetails(msgspec.Struct, gc=False):
     input_length: Any = None
 
 
+class _Usage(msgspec.Struct, gc=False):
+    completion_tokens: Any = None
+    prompt_tokens: Any = None
+    prompt_tokens_details: Any = None
+
+
 class _Payload(msgspec.Struct, gc=False):
     choices: Annotated[list[_Choice], Meta(max_length=128)] | None = None
-    usage: dict[str, Any] | None = None
+    usage: _Usage | None = None
     error: Any = None
     metrics: dict[str, Any] | None = None  # vLLM --enable-per-request-metrics
     timings: dict[str, Any] | None = None  # llama.cpp
@@ -58,51 +65,51 @@ class _Payload(msgspec.Struct, gc=False):
     details: _TgiDetails | None = None
 
 
-_decode_payload = msgspec.json.Decoder(_Payload).decode
+class _Other(msgspec.Struct, frozen=True):
+    """An event that is no payload."""
 
-
-class Chunk(msgspec.Struct, frozen=True, gc=False):
-    """What one event brought for one choice."""
-
-    kind: Kind
-    choice: int = 0
-    text: str = ""
-    finish_reason: str | None = None
-
-
-class Event(msgspec.Struct, frozen=True, gc=False):
-    """One event of the stream: its chunks (one a choice), and what it said of the request as a whole."""
-
-    chunks: list[Chunk]
-    usage: dict[str, Any] | None = None
-    server: dict[str, Any] | None = None
     error: str | None = None
     malformed: str | None = None
     done: bool = False
 
 
-def parse_event(data: bytes) -> Event:
-    """The meaning of one event's data; never raises."""
+_decoder = msgspec.json.Decoder(_Payload)
+
+Chunk = tuple[Kind, int, str, str | None]
+"""What one event brought for one choice: kind, index of the choice, text, finish reason."""
+
+
+def parse_event(data: bytes) -> tuple[list[Chunk], str | None]:
+    """The chunks of one event's data (one a choice), and the text of the error that it is; never raises."""
+    payload = _payload(data)
+    if isinstance(payload, _Other):
+        return [], payload.error
+    if payload.error is not None:
+        return [], _error_message(payload.error)
+    return _chunks(payload)[0], None
+
+
+def _payload(data: bytes) -> _Payload | _Other:
     if data == b"[DONE]":
-        return Event([], done=True)
+        return _Other(done=True)
     try:
-        payload = _decode_payload(data)
+        return _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if data.lstrip().startswith(b'{"error"'):  # transformers puts messages into its error event unescaped
-            return Event([], error=data.decode("utf-8", "replace"))
-        return Event([], malformed=f"{error}: {data[:200].decode('utf-8', 'replace')}")
-    if payload.error is not None:
-        return Event([], error=_error_message(payload.error))
+            return _Other(error=data.decode("utf-8", "replace"))
+        return _Other(malformed=f"{error}: {data[:200].decode('utf-8', 'replace')}")
+
+
+def _chunks(payload: _Payload) -> tuple[list[Chunk], _Usage | None]:
+    """Chunks and usage of a payload that is no error."""
     if payload.token is not None:
-        return _tgi_event(payload.token, payload)
+        return _tgi_chunks(payload.token, payload)
     choices, usage = payload.choices, payload.usage
     if not choices:
-        chunks = [Chunk("usage" if usage is not None else "empty")]
-    elif len(choices) == 1:  # without the call that a comprehension is: this is the path per token
-        chunks = [_chunk(choices[0], usage is not None)]
-    else:
-        chunks = [_chunk(choice, usage is not None) for choice in choices]
-    return Event(chunks, usage, payload.metrics or payload.timings)
+        return [("usage" if usage is not None else "empty", 0, "", None)], usage
+    if len(choices) == 1:  # without the call that a comprehension is: this is the path per token
+        return [_chunk(choices[0], usage is not None)], usage
+    return [_chunk(choice, usage is not None) for choice in choices], usage
 
 
 def _chunk(choice: _Choice, has_usage: bool) -> Chunk:
@@ -127,18 +134,16 @@ def _chunk(choice: _Choice, has_usage: bool) -> Chunk:
         kind = "usage" if has_usage else "finish"
     else:
         kind = "empty"
-    text = content if isinstance(content, str) else ""
-    return Chunk(kind, choice.index, text, choice.finish_reason)
+    return kind, choice.index, content if isinstance(content, str) else "", choice.finish_reason
 
 
-def _tgi_event(token: _TgiToken, payload: _Payload) -> Event:
+def _tgi_chunks(token: _TgiToken, payload: _Payload) -> tuple[list[Chunk], _Usage | None]:
     """One token of TGI's /generate_stream; the last one brings the whole text, and details if asked for."""
     details = payload.details or _TgiDetails()
     finish_reason = (details.finish_reason or "stop") if payload.generated_text is not None else None
     kind: Kind = "content" if token.text and not token.special else "finish" if finish_reason else "empty"
-    text = "" if token.special else token.text
-    counts = {"completion_tokens": details.generated_tokens, "prompt_tokens": details.input_length}
-    return Event([Chunk(kind, 0, text, finish_reason)], usage=counts if payload.details else None)
+    usage = _Usage(details.generated_tokens, details.input_length) if payload.details else None
+    return [(kind, 0, "" if token.special else token.text, finish_reason)], usage
 
 
 def _error_message(error: Any) -> str:
@@ -178,58 +183,72 @@ def read_stream(reads: Iterable[tuple[int, bytes]]) -> Stream:
     times = [at for at, _ in reads]
     times += times[-1:]  # of the event that the end of the stream completed
     arrived: list[int] = []
-    chunks: list[Chunk] = []
+    kinds: list[Kind] = []
+    choices: list[int] = []
+    texts: list[str] = []
     running: list[int | None] = []  # completion tokens so far, as told on each chunk
-    usage: dict[str, Any] = {}
+    reasons: list[str | None] = []  # to finish
+    token_reads: list[int] = []  # the read that brought each event with a token
+    usage = _Usage()
     server: dict[str, Any] | None = None
     error = malformed = None
     done = False
-    merged = 0
-    last_read, last_is_merged = -1, False  # of the last token event
     try:
         for data, read in _events(reads):
-            event = parse_event(data)
-            if not event.chunks:
-                error = error or event.error
-                malformed = malformed or event.malformed
-                done = done or event.done
+            payload = _payload(data)
+            if isinstance(payload, _Other):
+                error = error or payload.error
+                malformed = malformed or payload.malformed
+                done = done or payload.done
                 continue
-            if len(chunks) > MAX_CHUNKS:
+            if payload.error is not None:
+                error = error or _error_message(payload.error)
+                continue
+            if len(kinds) > MAX_CHUNKS:
                 malformed = f"an answer of more than {MAX_CHUNKS} chunks"
                 break
-            count = _count(event.usage, "completion_tokens") if event.usage else None
+            chunks, told = _chunks(payload)
+            count = None
+            if told is not None:
+                count = _count(told.completion_tokens)
+                if told.completion_tokens is not None or told.prompt_tokens is not None:
+                    usage = told
             is_token = False
-            for chunk in event.chunks:
-                chunks.append(chunk)
+            for kind, choice, text, reason in chunks:
                 arrived.append(times[read])
+                kinds.append(kind)
+                choices.append(choice)
+                texts.append(text)
                 running.append(count)
-                is_token = is_token or chunk.kind in TOKEN_KINDS
+                reasons.append(reason)
+                is_token = is_token or kind in TOKEN_KINDS
             if is_token:
-                is_merged = read == last_read
-                merged += is_merged and not last_is_merged
-                last_read, last_is_merged = read, is_merged
-            usage = event.usage or usage
-            server = event.server or server
+                token_reads.append(read)
+            server = payload.metrics or payload.timings or server
     except EventTooLong as too_long:
         malformed = malformed or str(too_long)
 
-    finish_reasons = {chunk.choice: chunk.finish_reason for chunk in chunks if chunk.finish_reason is not None}
-    tokens, output_tokens, token_source = _count_tokens(chunks, running, usage, set(finish_reasons.values()))
-    details = usage.get("prompt_tokens_details")
+    finish_reasons = {choice: reason for choice, reason in zip(choices, reasons, strict=True) if reason is not None}
+    tokens, output_tokens, token_source = _count_tokens(kinds, choices, reasons, running, usage)
+    details = usage.prompt_tokens_details
+    merged = 0
+    if len(set(token_reads)) < len(token_reads):
+        merged = sum(count > 1 for count in Counter(token_reads).values())
+    speaking = {choice for choice, text in zip(choices, texts, strict=True) if text} if finish_reasons else set()
     return Stream(
         arrived_ns=arrived,
-        kinds=[chunk.kind for chunk in chunks],
-        choices=[chunk.choice for chunk in chunks],
+        kinds=kinds,
+        choices=choices,
         tokens=tokens,
         reads_merged=merged,
-        prompt_tokens=_count(usage, "prompt_tokens"),
+        prompt_tokens=_count(usage.prompt_tokens),
         output_tokens=output_tokens,
-        cached_tokens=_count(details if isinstance(details, dict) else {}, "cached_tokens"),
+        cached_tokens=_count(details.get("cached_tokens")) if isinstance(details, dict) else None,
         token_source=token_source,
         finish_reason=next(iter(finish_reasons.values()), None),
-        text="".join(chunk.text for chunk in chunks),
+        text="".join(texts),
         server=server,
-        ended=done or (bool(finish_reasons) and finish_reasons.keys() >= {c.choice for c in chunks if c.text}),
+        ended=done or (bool(finish_reasons) and finish_reasons.keys() >= speaking),
         error=error,
         malformed=malformed,
     )
@@ -238,10 +257,12 @@ def read_stream(reads: Iterable[tuple[int, bytes]]) -> Stream:
 def _events(reads: list[tuple[int, bytes]]) -> Iterator[tuple[bytes, int]]:
     """(data, index of the read that brought its last byte) of each event; index len(reads): the end of the stream did.
 
-    The same as SseDecoder, in fewer steps for what every stream looks like. Raises EventTooLong.
+    The same as SseDecoder, in fewer steps for what every stream looks like: lines of data with a blank one after each.
+    Raises EventTooLong.
     """
     body = b"".join([received for _, received in reads])
-    if b"\r" in body or len(body) > MAX_EVENT_BYTES:
+    lines = body.split(b"\n")
+    if b"\r" in body or len(body) > MAX_EVENT_BYTES or any(lines[1::2]):
         decoder = SseDecoder()
         for read, (_, received) in enumerate(reads):
             for data in decoder.feed(received):
@@ -249,54 +270,63 @@ def _events(reads: list[tuple[int, bytes]]) -> Iterator[tuple[bytes, int]]:
         for data in decoder.flush():
             yield data, len(reads)
         return
-    ends = [*accumulate(len(received) for _, received in reads), len(body) + 2]
+    ends = [*accumulate([len(received) for _, received in reads]), len(body) + 2]
     read = position = 0
-    for block in body.split(b"\n\n"):
-        position += len(block) + 2
+    for line in lines[::2]:
+        position += len(line) + 2
         while ends[read] < position:
             read += 1
-        if block.startswith(b"data: ") and b"\n" not in block:
-            yield block[6:], read
-        elif lines := [line[5:].removeprefix(b" ") for line in block.split(b"\n") if line.startswith(b"data:")]:
-            yield b"\n".join(lines), read
+        if line.startswith(b"data: "):
+            yield line[6:], read
+        elif line.startswith(b"data:"):
+            yield line[5:], read
 
 
-def _count(usage: dict[str, Any] | None, key: str) -> int | None:
+def _count(value: Any) -> int | None:
     """A token count that can be one: usage may lie, and a negative, fractional or absurd count is no count."""
-    value = (usage or {}).get(key)
     return value if type(value) is int and 0 <= value < 2**53 else None
 
 
 def _count_tokens(
-    chunks: list[Chunk], running: list[int | None], usage: dict[str, Any], finish_reasons: set[str | None]
+    kinds: list[Kind],
+    choices: list[int],
+    reasons: list[str | None],
+    running: list[int | None],
+    usage: _Usage,
 ) -> tuple[list[int | None] | None, int | None, TokenSource | None]:
     """Tokens of each chunk, of the whole answer, and where the count comes from."""
-    token_chunks = {index for index, chunk in enumerate(chunks) if chunk.kind in TOKEN_KINDS}
-    last: dict[int, int] = {}  # running count of each choice
-    per_chunk: list[int | None] = [0] * len(chunks)
-    is_told = running.count(None) < len(running)
-    for index, (chunk, count) in enumerate(zip(chunks, running, strict=True) if is_told else ()):
-        if chunk.kind in TOKEN_KINDS or chunk.finish_reason is not None or chunk.kind == "empty":
-            per_chunk[index] = None if count is None else max(0, count - last.get(chunk.choice, 0))
-            if count is not None:
-                last[chunk.choice] = count
+    is_token = [kind in TOKEN_KINDS for kind in kinds]
+    token_chunks = sum(is_token)
+    total = _count(usage.completion_tokens)
     # usage at the end alone is no running count; and an answer may be tokens without text from beginning to end
-    told = any(
-        count is not None and chunk.finish_reason is None and chunk.kind != "usage"
-        for chunk, count in zip(chunks, running, strict=True)
-    )
-    is_running = told and all(running[index] is not None for index in token_chunks)
-    total = _count(usage, "completion_tokens")
-    if is_running:
-        plain = all(count == (index in token_chunks) for index, count in enumerate(per_chunk))
-        whole = total if total is not None and total >= sum(last.values()) else sum(last.values())
-        return (None if plain else per_chunk), whole, "per-chunk usage"
+    before_the_end = zip(running, kinds, reasons, strict=True)
+    if any(count is not None and reason is None and kind != "usage" for count, kind, reason in before_the_end):
+        if not any(choices) and running == [*accumulate(is_token)]:
+            return None, max(token_chunks, total or 0), "per-chunk usage"
+        if None not in compress(running, is_token):
+            per_chunk, told = _running_tokens(kinds, choices, reasons, running)
+            plain = all(count == expected for count, expected in zip(per_chunk, is_token, strict=True))
+            return (None if plain else per_chunk), max(told, total or 0), "per-chunk usage"
     if not token_chunks and total is None:
         return None, None, None
     if total is None:
-        return None, len(token_chunks), "chunks"
+        return None, token_chunks, "chunks"
     # the end token is counted in usage and has no text, so no chunk of its own
-    silent_end = finish_reasons <= {"stop", "eos_token"} and total == len(token_chunks) + 1
-    if total == len(token_chunks) or silent_end:
+    silent_end = {*reasons} <= {None, "stop", "eos_token"} and total == token_chunks + 1
+    if total == token_chunks or silent_end:
         return None, total, "usage"
-    return [None if index in token_chunks else 0 for index in range(len(chunks))], total, "usage"
+    return [None if token else 0 for token in is_token], total, "usage"
+
+
+def _running_tokens(
+    kinds: list[Kind], choices: list[int], reasons: list[str | None], running: list[int | None]
+) -> tuple[list[int | None], int]:
+    """By how much each chunk raised the running count of its choice, and the last counts of all choices."""
+    last: dict[int, int] = {}
+    per_chunk: list[int | None] = [0] * len(kinds)
+    for index, (kind, choice, reason, count) in enumerate(zip(kinds, choices, reasons, running, strict=True)):
+        if kind in TOKEN_KINDS or reason is not None or kind == "empty":
+            per_chunk[index] = None if count is None else max(0, count - last.get(choice, 0))
+            if count is not None:
+                last[choice] = count
+    return per_chunk, sum(last.values())
