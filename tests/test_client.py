@@ -4,8 +4,9 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
+from itertools import pairwise
 
+import msgspec
 import pytest
 from fake_server import (
     CLOSE,
@@ -24,18 +25,17 @@ from fake_server import (
     usage,
     words,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from twoclocks.client import Connection, Origin, _gaps_us, send
+from twoclocks import native
+from twoclocks.client import Origin, _gaps_us, send
 from twoclocks.endpoint import make_endpoint
 from twoclocks.errors import ExperimentError
 from twoclocks.experiment import Target, Timeouts
+from twoclocks.reader import connect
 from twoclocks.record import expand
 from twoclocks.workload import Plan, Prompt
-
-try:
-    from twoclocks._native import Reader
-except ImportError:
-    Reader = None
 
 PATIENT = Timeouts(connect_s=30, first_token_s=30, idle_s=30, total_s=60)
 SHORT = Timeouts(connect_s=30, first_token_s=0.4, idle_s=0.3, total_s=60)  # for those who never answer
@@ -44,24 +44,17 @@ FINISH = delta(finish_reason="stop")
 
 
 @pytest.fixture(autouse=True, params=["python", "native"])
-def connection_of_each_reader(request, monkeypatch):
+def each_reader(request, monkeypatch):
     """Every test holds for both readers."""
-    if request.param == "python":
-        yield
-        return
-    if Reader is None:
+    if request.param == "native" and not native.is_built:
         pytest.skip("the native reader was not built here")
-    from twoclocks.native import NativeReader
-
-    native = NativeReader()
-    monkeypatch.setattr(sys.modules[__name__], "Connection", partial(Connection, reader=native.receive))
-    yield
-    native.close()
+    monkeypatch.setenv("TWOCLOCKS_READER", request.param)
+    return request.param
 
 
 def ask(server_or_url, timeouts=PATIENT, count=1, target=None, keep_text=True):
     url = server_or_url.url if isinstance(server_or_url, FakeServer) else server_or_url
-    connection = Connection(make_endpoint(target or Target(url=url), timeouts))
+    connection = connect(make_endpoint(target or Target(url=url), timeouts))
     origin = Origin(zero_ns=time.monotonic_ns(), keep_text=keep_text)
     plans = [Plan(f"{index:032x}", Prompt("p", {}), b'{"messages": []}') for index in range(count)]
     records = [send(connection, plan, origin, "measure") for plan in plans]
@@ -97,7 +90,7 @@ def test_arrivals_are_those_of_the_servers_schedule():
     """The server's own log of when it wrote each chunk is the independent clock: same machine, same monotonic clock."""
     with FakeServer(lambda body: plain_answer(20, gap_s=0.01)) as server:
         zero = time.monotonic_ns()
-        connection = Connection(make_endpoint(Target(url=server.url), PATIENT))
+        connection = connect(make_endpoint(Target(url=server.url), PATIENT))
         record = send(connection, Plan("0" * 32, Prompt("p", {}), b"{}"), Origin(zero), "measure")
         connection.close()
     written = [(at - zero) / 1e9 for at in server.sent_ns[0][1:]]
@@ -115,17 +108,16 @@ def test_arrivals_are_those_of_the_servers_schedule():
 def test_kernel_stamps_survive_a_client_that_is_busy():
     """Bytes that lay in the socket for 0.3 s while Python was away still carry the time at which they came."""
     with FakeServer(lambda body: answer(ROLE, *words(2), FINISH, DONE)) as server:
-        connection = Connection(make_endpoint(Target(url=server.url), PATIENT))
-        name = "read" if connection.reader is None else "reader"
-        read = getattr(connection, name)
+        connection = connect(make_endpoint(Target(url=server.url), PATIENT))
+        receive = connection.receive
 
-        def late_read(*arguments):
+        def late(*arguments):
             while not server.sent_ns or len(server.sent_ns[0]) < 7:  # until all of the answer lies in the socket
                 time.sleep(0.01)
             time.sleep(0.3)
-            return read(*arguments)
+            return receive(*arguments)
 
-        setattr(connection, name, late_read)
+        connection.receive = late
         origin = Origin(time.monotonic_ns())
         record = send(connection, Plan("0" * 32, Prompt("p", {}), b"{}"), origin, "measure")
         connection.close()
@@ -295,7 +287,7 @@ def test_line_separators_inside_a_token_do_not_split_it():
 def test_the_connection_is_kept_and_replaced_when_the_server_closed_it():
     answers = iter([plain_answer(), [*plain_answer(), CLOSE], plain_answer()])
     with FakeServer(lambda body: next(answers)) as server:
-        connection = Connection(make_endpoint(Target(url=server.url), PATIENT))
+        connection = connect(make_endpoint(Target(url=server.url), PATIENT))
         records = []
         for index in range(3):
             records.append(send(connection, Plan(f"{index:032x}", Prompt("p", {}), b"{}"), Origin(0), "measure"))
@@ -329,14 +321,13 @@ def test_a_header_cannot_smuggle_another(headers):
         make_endpoint(Target(headers=headers), PATIENT)
 
 
-def test_a_cancelled_request_is_a_record_with_its_chunks(monkeypatch):
-    monkeypatch.setenv("TWOCLOCKS_READER", "native" if isinstance(Connection, partial) else "python")
+def test_a_cancelled_request_is_a_record_with_its_chunks():
     program = """
 import gevent.monkey; gevent.monkey.patch_all()
 import gevent, sys
 from twoclocks.client import *
 from twoclocks.endpoint import make_endpoint
-from twoclocks.native import connect
+from twoclocks.reader import connect
 from twoclocks.experiment import Timeouts, Target
 from twoclocks.workload import Plan, Prompt
 connection = connect(make_endpoint(Target(url=sys.argv[1]), Timeouts()))
@@ -366,3 +357,28 @@ def test_a_page_under_200_is_no_cut_stream():
 
     assert (record.status, record.error_kind) == ("error", "not_a_stream")
     assert "<html>login</html>" in record.error_message
+
+
+ANSWERS = [
+    b"".join(plain_answer(6)),
+    b"".join(answer(delta(content="日本🙂").replace(b"\n", b"\r\n"), b": comment\n\n", FINISH, DONE)),
+    b"".join(answer(*(delta(content=f"a{i}", index=i % 3) for i in range(6)), usage(9), DONE)),
+    b"".join(answer(delta(reasoning="hm"), delta(tool_calls=[{"index": 0}]), event({"error": {"message": "no"}}))),
+    b"HTTP/1.1 100 Continue\r\n\r\n" + b"".join(response(429, b'{"error": {"message": "busy"}}')),
+    b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\nzz\r\n",
+]
+
+
+@settings(max_examples=15)
+@given(st.sampled_from(ANSWERS), st.lists(st.integers(0, 3000), max_size=12))
+def test_any_split_on_the_wire_gives_the_same_record(whole, cuts):
+    """Through a real socket: each piece is a write of its own, with a rest, so that most are a read of their own."""
+    marks = sorted({0, len(whole), *(cut % len(whole) for cut in cuts)})
+    pieces = [step for start, end in pairwise(marks) for step in (whole[start:end], 0.001)]
+    records = [answered(*steps) for steps in ([whole, CLOSE], [*pieces, CLOSE])]
+    moving = {name for name in records[0].__struct_fields__ if name.endswith("_at")}
+    moving |= {"chunk_us", "reads_merged", "request_id"}
+    one, other = ({k: v for k, v in msgspec.structs.asdict(r).items() if k not in moving} for r in records)
+
+    assert one == other
+    assert [len(record.chunk_us) for record in records] == [sum(n for _, n in one["chunk_kinds"])] * 2

@@ -10,11 +10,12 @@ import time
 import pytest
 from fake_server import DONE, FakeServer, answer, delta, plain_answer, usage, words
 
-from twoclocks.client import Connection, Origin, send
+from twoclocks.client import Origin, send
 from twoclocks.endpoint import make_endpoint, token_counter
 from twoclocks.errors import ExperimentError
 from twoclocks.experiment import Target, Timeouts
 from twoclocks.proxy import Proxy, ProxyRefused, find_proxy, open_tunnel
+from twoclocks.reader import connect
 from twoclocks.target import resolve
 from twoclocks.workload import Plan, Prompt
 
@@ -22,7 +23,7 @@ TIMEOUTS = Timeouts(connect_s=3, first_token_s=3, idle_s=3, total_s=10)
 
 
 def ask(target, count_tokens=None):
-    connection = Connection(make_endpoint(target, TIMEOUTS))
+    connection = connect(make_endpoint(target, TIMEOUTS))
     plan = Plan("0" * 32, Prompt("p", {}), b"{}")
     origin = Origin(time.monotonic_ns(), keep_text=True, count_tokens=count_tokens)
     records = [send(connection, plan, origin, "measure") for _ in range(2)]

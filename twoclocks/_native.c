@@ -40,6 +40,7 @@ enum {
 #define SECOND INT64_C(1000000000)
 #define SWEEP_NS (SECOND / 100) /* how late a timeout may be told, so that many of them cannot keep the reader busy */
 #define TIMER UINT64_MAX
+#define EDGES (EPOLLIN | EPOLLRDHUP | EPOLLET) /* a level would look at each stream twice */
 
 enum mode { HEAD, LENGTH, CLOSE, SIZE, CHUNK, CHUNK_END, TRAILER };
 enum syntax { LEAD, DIGITS, BLANK, EXTENSION, RETURN, BAD }; /* where in a chunk-size line the bytes so far have led */
@@ -254,7 +255,7 @@ static int has_token(Stream *s) {
     return found;
 }
 
-/* Bytes of one read. A fault leaves out the body bytes of its read, as http1.py does. */
+/* Bytes of one read. */
 static enum why feed(Stream *s, const char *data, size_t len, int64_t at) {
     size_t before = s->body.len, used;
     enum why why = RUNNING;
@@ -278,11 +279,10 @@ static enum why feed(Stream *s, const char *data, size_t len, int64_t at) {
         }
     }
     if (len) s->reusable = 0; /* bytes after the end of the response */
-    if (why >= BAD_HEAD) s->body.len = before;
     if (s->body.len > before) {
         int64_t read[2] = {at, s->body.len};
         if (!append(&s->reads, read, sizeof read)) return NO_MEMORY;
-        if (s->body.len > MAX_BODY_BYTES) return TOO_LARGE;
+        if (why == RUNNING && s->body.len > MAX_BODY_BYTES) return TOO_LARGE;
         if (s->first_token && has_token(s)) s->first_token = 0;
     }
     return why;
@@ -353,13 +353,17 @@ static int64_t arrival(const Reader *r, struct msghdr *message, int64_t now, int
     return now;
 }
 
-static void receive(Reader *r, Stream *s) {
+/* One read. Edges tell of news alone, so what may be left after it (more than the buffer takes, or the end of input
+ * that was told together with the last bytes) is asked for again. */
+static void receive(Reader *r, Stream *s, uint32_t events) {
     union { struct cmsghdr align; char data[CMSG_SPACE(sizeof(struct timespec))]; } control;
     struct iovec part = {r->buffer, READ_BYTES};
     struct msghdr message = {
         .msg_iov = &part, .msg_iovlen = 1, .msg_control = control.data, .msg_controllen = sizeof control.data};
-    ssize_t len = recvmsg(s->fd, &message, MSG_DONTWAIT);
-    if (len < 0 && (errno == EAGAIN || errno == EINTR)) return;
+    ssize_t len;
+    do len = recvmsg(s->fd, &message, MSG_DONTWAIT);
+    while (len < 0 && errno == EINTR);
+    if (len < 0 && errno == EAGAIN) return;
     int kernel;
     enum why why = s->mode == CLOSE ? COMPLETE : CLOSED;
     int64_t now = clock_ns(CLOCK_MONOTONIC);
@@ -372,7 +376,12 @@ static void receive(Reader *r, Stream *s) {
         why = feed(s, r->buffer, len, at);
         if (waited && why == RUNNING && deadline(s) < r->due) arm(r, deadline(s)); /* silence may end it earlier */
     }
-    if (why != RUNNING) finish(r, s, why, now);
+    if (why != RUNNING)
+        finish(r, s, why, now);
+    else if (len == READ_BYTES || events & ~EPOLLIN) {
+        struct epoll_event again = {.events = EDGES, .data.u64 = s->token};
+        epoll_ctl(r->epoll, EPOLL_CTL_MOD, s->fd, &again);
+    }
 }
 
 static Stream *lookup(Reader *r, int64_t token) {
@@ -388,7 +397,7 @@ static void turn(Reader *r, int timeout_ms) {
     for (int i = 0; i < count; i++) {
         pthread_mutex_lock(&r->lock);
         Stream *s = lookup(r, events[i].data.u64);
-        if (s && s->why == RUNNING) receive(r, s);
+        if (s && s->why == RUNNING) receive(r, s, events[i].events);
         pthread_mutex_unlock(&r->lock);
     }
     if (count == BATCH) return; /* a stream is overdue only if nothing of it is waiting to be read */
@@ -426,7 +435,7 @@ static int64_t add(Reader *r, int fd, int64_t total, int64_t first_token, int64_
     if (!reserve(&r->ended, (r->running + 1) * sizeof(int64_t))) return 0;
     Stream *s = r->stream[r->free];
     int64_t token = ++r->counter << 32 | r->free;
-    struct epoll_event event = {.events = EPOLLIN, .data.u64 = token};
+    struct epoll_event event = {.events = EDGES, .data.u64 = token};
     if (epoll_ctl(r->epoll, EPOLL_CTL_ADD, fd, &event)) return 0;
     r->free = s->next_free;
     *s = (Stream){.token = token, .fd = fd, .total = total, .first_token = first_token, .idle = idle};
@@ -572,21 +581,20 @@ static PyObject *reader_poll(PyObject *self, PyObject *Py_UNUSED(none)) {
     return tokens;
 }
 
-/* [(time, body bytes)] of each read that brought some. */
-static PyObject *reads_of(const Stream *s) {
-    size_t count = s->reads.len / (2 * sizeof(int64_t)), from = 0;
-    PyObject *reads = PyList_New(count);
-    for (size_t i = 0; reads && i < count; i++) {
+/* One of the two columns of the reads: 0 times, 1 bytes of the body by then. */
+static PyObject *column(const Stream *s, int which) {
+    size_t count = s->reads.len / (2 * sizeof(int64_t));
+    PyObject *numbers = PyList_New(count);
+    for (size_t i = 0; numbers && i < count; i++) {
         int64_t read[2];
         memcpy(read, s->reads.data + i * sizeof read, sizeof read);
-        PyObject *pair = Py_BuildValue("Ly#", (long long)read[0], s->body.data + from, (Py_ssize_t)(read[1] - from));
-        if (pair)
-            PyList_SET_ITEM(reads, i, pair);
+        PyObject *number = PyLong_FromLongLong(read[which]);
+        if (number)
+            PyList_SET_ITEM(numbers, i, number);
         else
-            Py_CLEAR(reads);
-        from = read[1];
+            Py_CLEAR(numbers);
     }
-    return reads;
+    return numbers;
 }
 
 static PyObject *reader_collect(PyObject *self, PyObject *args) {
@@ -598,13 +606,15 @@ static PyObject *reader_collect(PyObject *self, PyObject *args) {
     int found = take(r, token, &s);
     pthread_mutex_unlock(&r->lock);
     if (!found) return PyErr_Format(PyExc_KeyError, "no stream has the token %lld", token);
-    PyObject *reads = reads_of(&s), *response = NULL;
+    PyObject *times = column(&s, 0), *ends = column(&s, 1), *response = NULL;
     size_t shown = s.line_len > LINE_SHOWN ? LINE_SHOWN + 1 : s.line_len;
-    if (reads)
+    if (times && ends)
         response = Py_BuildValue(
-            "sy#Ny#LLLNi", WHY[s.why], s.head.data ? s.head.data : "", (Py_ssize_t)s.head.len, reads, s.line,
-            (Py_ssize_t)shown, (long long)s.first_byte, (long long)s.ended, (long long)s.user_stamps,
-            PyBool_FromLong(s.reusable), s.error);
+            "sy#y#OOy#LLLNi", WHY[s.why], s.head.data ? s.head.data : "", (Py_ssize_t)s.head.len,
+            s.body.data ? s.body.data : "", (Py_ssize_t)s.body.len, times, ends, s.line, (Py_ssize_t)shown,
+            (long long)s.first_byte, (long long)s.ended, (long long)s.user_stamps, PyBool_FromLong(s.reusable), s.error);
+    Py_XDECREF(times);
+    Py_XDECREF(ends);
     release(&s);
     return response;
 }

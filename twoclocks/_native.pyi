@@ -13,8 +13,10 @@ class Reader:
     def poll(self) -> list[int]:
         """Tokens of the responses that ended since the last call; without a thread, also reads what is there."""
 
-    def collect(self, token: int, /) -> tuple[str, bytes, list[tuple[int, bytes]], bytes, int, int, int, bool, int]:
-        """The fields of client.Received; a stream that still runs is given up. KeyError: no such stream."""
+    def collect(
+        self, token: int, /
+    ) -> tuple[str, bytes, bytes, list[int], list[int], bytes, int, int, int, bool, int]:
+        """The arguments of native.as_received; a stream that still runs is given up. KeyError: no such stream."""
 
     def progress(self) -> list[tuple[int, int, int, bool]]:
         """(token, reads so far, body bytes so far, has the first token come) of each running stream."""

@@ -1,14 +1,13 @@
-"""The stream client: `send(plan)` -> Record. Stamps each arrival, never raises for what the server does.
+"""The stream client: `send(plan)` -> Record. Never raises for what the server does.
 
-Knows nothing of Locust. It uses plain sockets, which Locust's monkey-patching makes cooperative, and the kernel's
-receive stamps where there are any, so that a busy event loop does not blame the server. While a stream runs, its bytes
-are only kept; they are read for meaning after the end.
+Knows nothing of Locust. It uses plain sockets, which Locust's monkey-patching makes cooperative. What comes back is
+received by one of two readers (reader.py, native.py), which stamp each arrival, with the kernel's stamps where there
+are any; while a stream runs, its bytes are only kept, and they are read for meaning after the end.
 """
 
-import os
+import contextlib
 import socket
 import ssl
-import struct
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,21 +16,16 @@ from typing import NamedTuple
 import msgspec
 from greenlet import GreenletExit
 
-from twoclocks.dialect import Stream, parse_event, read_stream
+from twoclocks.dialect import Body, Stream, parse_event, read_stream
 from twoclocks.endpoint import Endpoint
 from twoclocks.experiment import Timeouts
-from twoclocks.http1 import MAX_CHUNK_LINE_BYTES, MAX_TRAILER_BYTES, ProtocolError, ResponseReader
+from twoclocks.http1 import ResponseReader
 from twoclocks.proxy import ProxyRefused, open_tunnel
 from twoclocks.record import TOKEN_KINDS, Phase, Record, Status, run_lengths
-from twoclocks.sse import EventTooLong, SseDecoder
 from twoclocks.workload import Plan
 
-READ_BYTES = 64 * 1024
 MAX_BODY_BYTES = 64 * 1024 * 1024
 SO_TIMESTAMPNS = 35  # asm-generic/socket.h; the socket module has no name for it
-_TIMESPEC = struct.Struct("@ll")
-_CONTROL_BYTES = socket.CMSG_SPACE(_TIMESPEC.size) if hasattr(socket, "CMSG_SPACE") else 0
-MAX_STAMP_AGE_NS = 60 * 10**9
 
 
 class Origin(msgspec.Struct, frozen=True):
@@ -53,34 +47,28 @@ class Failure(Exception):
 
 
 class Received(NamedTuple):
-    """What a reader outside Python (native.py) brings of one response; times in ns of time.monotonic_ns()."""
+    """What a reader brings of one response; times in ns of time.monotonic_ns()."""
 
-    why: str  # complete | closed | reset | too_large | no_memory | total | first_token | idle | cancelled | bad_...
-    head: bytes  # of the final response, as far as it has come
-    reads: list[tuple[int, bytes]]
-    line: bytes  # the beginning of the line that is no chunked coding
+    why: str  # complete | closed | reset | protocol | too_large | no_memory | total | first_token | idle | cancelled
+    detail: str  # the system's words of a reset, http1's of a fault
+    response: ResponseReader
+    body: Body
     first_byte_ns: int  # 0: none came
     ended_ns: int
-    user_stamps: int
-    reusable: bool
-    errno: int
+    user_stamps: int  # reads that the kernel did not stamp
 
 
-Receive = Callable[[int, int, int, int], Received]
-"""(file descriptor, total deadline, first token's deadline, longest silence), in ns."""
+Receive = Callable[[socket.socket, int, int, int], Received]
+"""(connected socket, total deadline, first token's deadline, longest silence), in ns. Blocks the caller alone."""
 
 
 class Connection:
-    """One keep-alive connection; opened when needed, replaced when the server has closed it.
+    """One keep-alive connection; opened when needed, replaced when the server has closed it."""
 
-    `reader` receives what comes over plain TCP in place of Python's own loop.
-    """
-
-    def __init__(self, endpoint: Endpoint, reader: Receive | None = None) -> None:
+    def __init__(self, endpoint: Endpoint, receive: Receive) -> None:
         self.endpoint = endpoint
-        self.reader = reader if endpoint.tls is None else None
+        self.receive = receive
         self.sock: socket.socket | None = None
-        self.kernel_stamps = False
 
     def open(self) -> None:
         """Connect, if there is no usable connection. Raises Failure."""
@@ -112,9 +100,9 @@ class Connection:
             except OSError as error:
                 sock.close()
                 raise Failure("error", "tls", str(error)) from None
-            self.kernel_stamps = False  # the kernel stamps segments, which under TLS are not reads
-        else:
-            self.kernel_stamps = _ask_for_stamps(sock)
+        else:  # under TLS a read is no segment, and has no stamp of its own
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         self.sock = sock
 
     def is_usable(self) -> bool:
@@ -132,55 +120,11 @@ class Connection:
         self.close()
         return False
 
-    def read(self) -> tuple[int, bytes, bool]:
-        """Wait for bytes: (time of arrival in ns, bytes, is it the kernel's stamp). Empty at the end of input."""
-        assert self.sock is not None
-        if not self.kernel_stamps:
-            data = self.sock.recv(READ_BYTES)
-            return time.monotonic_ns(), data, False
-        data, control, _, _ = self.sock.recvmsg(READ_BYTES, _CONTROL_BYTES)
-        now = time.monotonic_ns()
-        for level, kind, value in control:
-            if level == socket.SOL_SOCKET and kind == SO_TIMESTAMPNS:
-                seconds, nanoseconds = _TIMESPEC.unpack_from(value)
-                # the stamp is on the wall clock; only its age enters, so that a step of that clock cannot
-                age = time.time_ns() - (seconds * 10**9 + nanoseconds)
-                if 0 <= age < MAX_STAMP_AGE_NS:
-                    return now - age, data, True
-        return now, data, False
-
     def close(self) -> None:
         """Close the socket, which makes a server stop generating."""
         if self.sock is not None:
             self.sock.close()
             self.sock = None
-
-
-def _ask_for_stamps(sock: socket.socket) -> bool:
-    if not _CONTROL_BYTES or not hasattr(sock, "recvmsg"):
-        return False
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-    except OSError:
-        return False
-    return True
-
-
-_BAD_CODING = {
-    "bad_size": b"%(line)b\n",
-    "bad_end": b"1\r\nx%(line)b\n",
-    "bad_line": b"0" * (MAX_CHUNK_LINE_BYTES + 1),
-    "bad_trailer": b"0\r\n" + b"x" * (MAX_TRAILER_BYTES + 1) + b"\n",
-}
-"""Bytes after a head in which http1 finds the fault that the native reader found."""
-
-
-def _closed() -> Failure:
-    return Failure("error", "closed", "the server closed the connection before the end of its answer")
-
-
-def _too_large() -> Failure:
-    return Failure("error", "too_large", f"an answer of more than {MAX_BODY_BYTES} bytes")
 
 
 def _cancelled() -> Failure:
@@ -197,8 +141,7 @@ class Exchange:
         self.written_ns: int | None = None
         self.first_byte_ns: int | None = None
         self.ended_ns = 0
-        self.reads: list[tuple[int, bytes]] = []
-        self.body_bytes = 0
+        self.body = Body(b"", [], [])
         self.user_stamps = 0
         self.response = ResponseReader()
         self.failure: Failure | None = None
@@ -211,16 +154,11 @@ class Exchange:
                 connection.open()
                 self.connected_ns = time.monotonic_ns()
             self._write(connection, plan)
-            if connection.reader is None:
-                self._read(connection)
-            else:
-                self._receive(connection, connection.reader)
+            self._receive(connection)
         except Failure as failure:
             self.failure = failure
         except GreenletExit:
             self.failure = _cancelled()
-        except ProtocolError as error:
-            self.failure = Failure("error", "protocol", str(error))
         except OSError as error:
             self.failure = Failure("error", "reset", error.strerror or str(error))
         self.ended_ns = self.ended_ns or time.monotonic_ns()
@@ -246,50 +184,12 @@ class Exchange:
             raise Failure("timeout", "send_timeout", "the server did not take the request") from None
         self.written_ns = time.monotonic_ns()
 
-    def _read(self, connection: Connection) -> None:
-        sock = connection.sock
-        assert sock is not None
-        assert self.sent_ns is not None
-        timeouts = connection.endpoint.timeouts
-        total_deadline = self.sent_ns + round(timeouts.total_s * 1e9)
-        token_deadline: int | None = self.sent_ns + round(timeouts.first_token_s * 1e9)
-        is_token = _first_token_watch()
-        now = self.sent_ns
-        while not self.response.complete:
-            deadline = min(total_deadline, token_deadline or now + round(timeouts.idle_s * 1e9))
-            if deadline <= now:
-                raise self._timeout(timeouts, total=deadline == total_deadline, token=token_deadline is not None)
-            sock.settimeout((deadline - now) / 1e9)
-            try:
-                now, data, is_kernel = connection.read()
-            except TimeoutError:
-                raise self._timeout(
-                    timeouts, total=deadline == total_deadline, token=token_deadline is not None
-                ) from None
-            if not data:
-                self.response.end_of_input()
-                if not self.response.complete:
-                    raise _closed()
-                return
-            if self.first_byte_ns is None:
-                self.first_byte_ns = now
-            self.user_stamps += not is_kernel
-            body = self.response.feed(data)
-            if body:
-                self.reads.append((now, body))
-                self.body_bytes += len(body)
-                if self.body_bytes > MAX_BODY_BYTES:
-                    raise _too_large()
-                if token_deadline is not None and is_token(body):
-                    token_deadline = None
-
-    def _receive(self, connection: Connection, receive: Receive) -> None:
-        """The same as _read, by a reader that returns when all is over."""
+    def _receive(self, connection: Connection) -> None:
         assert connection.sock is not None
         assert self.sent_ns is not None
         timeouts = connection.endpoint.timeouts
-        received = receive(
-            connection.sock.fileno(),
+        received = connection.receive(
+            connection.sock,
             self.sent_ns + round(timeouts.total_s * 1e9),
             self.sent_ns + round(timeouts.first_token_s * 1e9),
             round(timeouts.idle_s * 1e9),
@@ -297,24 +197,19 @@ class Exchange:
         why = received.why
         self.first_byte_ns = received.first_byte_ns or None
         self.ended_ns = received.ended_ns
-        self.reads, self.user_stamps = received.reads, received.user_stamps
-        self.response.feed(received.head)
-        self.response.complete = why == "complete"
-        self.response.reusable = received.reusable
+        self.response, self.body, self.user_stamps = received.response, received.body, received.user_stamps
         if why == "cancelled":
             raise _cancelled()
         if why == "closed":
-            raise _closed()
-        if why == "reset":
-            raise OSError(received.errno, os.strerror(received.errno))
+            raise Failure("error", "closed", "the server closed the connection before the end of its answer")
+        if why in ("reset", "protocol"):
+            raise Failure("error", why, received.detail)
         if why == "too_large":
-            raise _too_large()
+            raise Failure("error", "too_large", f"an answer of more than {MAX_BODY_BYTES} bytes")
         if why in ("total", "first_token", "idle"):
             raise self._timeout(timeouts, total=why == "total", token=why == "first_token")
-        if why in _BAD_CODING:
-            self.response.feed(_BAD_CODING[why] % {b"line": received.line})  # refuses it in http1's own words
         if why != "complete":
-            raise Failure("error", why, "the native reader gave the response up")
+            raise Failure("error", why, "the reader gave the response up")
 
     def _timeout(self, timeouts: Timeouts, *, total: bool, token: bool) -> Failure:
         if total:
@@ -324,20 +219,6 @@ class Exchange:
                 "timeout", "first_token_timeout", f"no token after first_token_s = {timeouts.first_token_s:g} s"
             )
         return Failure("timeout", "idle_timeout", f"silence of more than timeouts.idle_s = {timeouts.idle_s:g} s")
-
-
-def _first_token_watch() -> Callable[[bytes], bool]:
-    """A function that is fed the body until it says that the first token has come; only those few events are read."""
-    decoder = SseDecoder()
-
-    def is_token(body: bytes) -> bool:
-        try:
-            events = [parse_event(data) for data in decoder.feed(body)]
-        except EventTooLong:
-            return True  # told at the end; until then the other timeouts hold
-        return any(kind in TOKEN_KINDS for chunks, _ in events for kind, *_ in chunks)
-
-    return is_token
 
 
 def send(connection: Connection, plan: Plan, origin: Origin, phase: Phase, intended_ns: int | None = None) -> Record:
@@ -351,7 +232,7 @@ def send(connection: Connection, plan: Plan, origin: Origin, phase: Phase, inten
 def _record(
     exchange: Exchange, connection: Connection, plan: Plan, origin: Origin, phase: Phase, intended_ns: int
 ) -> Record:
-    stream = read_stream(exchange.reads if _is_stream(exchange.response) else [])
+    stream = read_stream(exchange.body if _is_stream(exchange.response) else Body(b"", [], []))
     failure = _failure(exchange, stream)
     tokens, output_tokens, token_source = stream.tokens, stream.output_tokens, stream.token_source
     if token_source == "chunks" and origin.count_tokens is not None:
@@ -383,7 +264,7 @@ def _record(
         chunk_tokens=tokens,
         chunk_kinds=run_lengths(stream.kinds),
         chunk_choice=run_lengths(stream.choices) if any(stream.choices) else None,
-        timestamp_source="user" if exchange.user_stamps or not exchange.reads else "kernel",
+        timestamp_source="user" if exchange.user_stamps or not exchange.body.times else "kernel",
         reads_merged=stream.reads_merged,
         max_tokens=plan.max_tokens,
         expected_output_tokens=plan.prompt.expected_output_tokens,
@@ -403,7 +284,7 @@ def _record(
 
 def _gaps_us(sent_ns: int, arrived_ns: list[int]) -> list[int]:
     """Offset of the first from sent, then gaps; differences of rounded absolute times, so errors do not add up."""
-    marks = [0, *(round((at - sent_ns) / 1000) for at in arrived_ns)]
+    marks = [0, *[(at - sent_ns + 500) // 1000 for at in arrived_ns]]
     return [later - earlier for earlier, later in pairwise(marks)]
 
 
@@ -414,7 +295,7 @@ def _is_stream(response: ResponseReader) -> bool:
 def _failure(exchange: Exchange, stream: Stream) -> Failure | None:
     """Why the request is not ok, or None. What the server says of an error tells more than how its connection ended."""
     response, failure = exchange.response, exchange.failure
-    body = b"".join(piece for _, piece in exchange.reads[:100])
+    body = exchange.body.data
     if failure is not None and failure.status == "cancelled":
         return failure  # whatever the server had said: the caller has to know that it was told to stop
     if response.status not in (0, 200):

@@ -7,9 +7,9 @@ nothing is parsed while others stream.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import accumulate, compress
-from typing import Annotated, Any
+from collections.abc import Iterator
+from itertools import accumulate, compress, pairwise
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -153,6 +153,14 @@ def _error_message(error: Any) -> str:
     return error if isinstance(error, str) else msgspec.json.encode(error).decode()
 
 
+class Body(NamedTuple):
+    """The body of a response and when it came: an entry a read that brought some of it."""
+
+    data: bytes
+    times: list[int]  # ns on the caller's clock
+    ends: list[int]  # bytes of the body that had come by then
+
+
 class Stream(msgspec.Struct, frozen=True, kw_only=True):
     """A whole stream. Lists have one item a chunk; times are integer nanoseconds on the caller's clock."""
 
@@ -173,15 +181,13 @@ class Stream(msgspec.Struct, frozen=True, kw_only=True):
     malformed: str | None  # the first event that was no JSON of the expected form, and why
 
 
-def read_stream(reads: Iterable[tuple[int, bytes]]) -> Stream:
-    """Digest the body of a stream, given as (time in ns, body bytes) of each read.
+def read_stream(body: Body) -> Stream:
+    """Digest the body of a stream.
 
     An event has arrived with the read that brought its last byte. The result does not depend on how the bytes were
     split into reads, but for the times and `reads_merged`.
     """
-    reads = list(reads)
-    times = [at for at, _ in reads]
-    times += times[-1:]  # of the event that the end of the stream completed
+    times = [*body.times, *body.times[-1:]]  # the last of the event that the end of the stream completed
     arrived: list[int] = []
     kinds: list[Kind] = []
     choices: list[int] = []
@@ -194,7 +200,7 @@ def read_stream(reads: Iterable[tuple[int, bytes]]) -> Stream:
     error = malformed = None
     done = False
     try:
-        for data, read in _events(reads):
+        for data, read in _events(body):
             payload = _payload(data)
             if isinstance(payload, _Other):
                 error = error or payload.error
@@ -254,23 +260,24 @@ def read_stream(reads: Iterable[tuple[int, bytes]]) -> Stream:
     )
 
 
-def _events(reads: list[tuple[int, bytes]]) -> Iterator[tuple[bytes, int]]:
-    """(data, index of the read that brought its last byte) of each event; index len(reads): the end of the stream did.
+def _events(body: Body) -> Iterator[tuple[bytes, int]]:
+    """(data, index of the read that brought its last byte) of each event; of those that the end of the stream
+    completed, the number of reads.
 
     The same as SseDecoder, in fewer steps for what every stream looks like: lines of data with a blank one after each.
     Raises EventTooLong.
     """
-    body = b"".join([received for _, received in reads])
-    lines = body.split(b"\n")
-    if b"\r" in body or len(body) > MAX_EVENT_BYTES or any(lines[1::2]):
+    data = body.data
+    lines = data.split(b"\n")
+    if b"\r" in data or len(data) > MAX_EVENT_BYTES or any(lines[1::2]):
         decoder = SseDecoder()
-        for read, (_, received) in enumerate(reads):
-            for data in decoder.feed(received):
-                yield data, read
-        for data in decoder.flush():
-            yield data, len(reads)
+        for read, (start, end) in enumerate(pairwise([0, *body.ends])):
+            for event in decoder.feed(data[start:end]):
+                yield event, read
+        for event in decoder.flush():
+            yield event, len(body.ends)
         return
-    ends = [*accumulate([len(received) for _, received in reads]), len(body) + 2]
+    ends = [*body.ends, len(data) + 2]
     read = position = 0
     for line in lines[::2]:
         position += len(line) + 2

@@ -16,7 +16,9 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5]\d\d)(?: |$)")
 
 
 class ProtocolError(ValueError):
-    """The server sent what is no HTTP/1.1 response."""
+    """The server sent what is no HTTP/1.1 response; `body` is what came of it in the same bytes, before the fault."""
+
+    body = b""
 
 
 class ResponseReader:
@@ -41,6 +43,14 @@ class ResponseReader:
     def feed(self, received: bytes) -> bytes:
         """The body bytes among these. Raises ProtocolError. Bytes after the end of the response forbid reuse."""
         body: list[bytes] = []
+        try:
+            self._feed(received, body)
+        except ProtocolError as error:
+            error.body = b"".join(body)
+            raise
+        return body[0] if len(body) == 1 else b"".join(body)
+
+    def _feed(self, received: bytes, body: list[bytes]) -> None:
         data = self._pending + received if self._pending else received
         self._pending = b""
         position = 0
@@ -66,7 +76,6 @@ class ResponseReader:
                 break
         if self.complete and position < len(data):
             self.reusable = False
-        return body[0] if len(body) == 1 else b"".join(body)
 
     def end_of_input(self) -> None:
         """The server closed the connection. Completes a body without length; any other was cut."""

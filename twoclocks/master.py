@@ -27,7 +27,7 @@ from twoclocks.collect import Collectors, Job
 from twoclocks.endpoint import make_endpoint, request_headers, token_counter
 from twoclocks.errors import TwoclocksError, plain
 from twoclocks.experiment import Experiment, masked, masked_word
-from twoclocks.native import connect, reader_name
+from twoclocks.reader import connect, reader_name
 from twoclocks.record import Record, encode_record
 from twoclocks.run_folder import RunFolder, first_meta, this_clock
 from twoclocks.selfwatch import watch
@@ -60,6 +60,7 @@ class MasterSide:
         self.sender: Sender | None = None
         self.zero_ns = 0
         self.model = ""
+        self.kept = 0  # lines of requests.jsonl
         self.received: dict[str, int] = {}  # lines of each worker
         self.sent: dict[str, int] = {}  # lines that a worker says it sent, once it is done
         self.shares: dict[str, int] = {}
@@ -111,7 +112,7 @@ class MasterSide:
             )
         experiment = self.experiment
         self.environment.stop_timeout = experiment.load.drain_s
-        self.received, self.sent, self.shares = {}, {}, {}
+        self.kept, self.received, self.sent, self.shares = 0, {}, {}, {}
         self.time_is_up, self.broken = False, None
         self.model, version = resolve(experiment.target)
         endpoint = make_endpoint(experiment.target, experiment.timeouts)
@@ -139,6 +140,8 @@ class MasterSide:
         for url, error in self.collectors.errors.items():
             if error:
                 self.note(f"{url} could not be read ({error}); the server's own totals will be missing")
+        for text in self.collectors.notes:
+            self.note(text)
         self.sender = Sender(
             experiment=experiment,
             endpoint=endpoint,
@@ -169,19 +172,27 @@ class MasterSide:
             self.environment.web_ui._cancel_run_time_timer()
 
     def _job(self) -> Job:
-        experiment, folder = self.experiment, self.folder
+        target, collect, folder = self.experiment.target, self.experiment.collect, self.folder
         assert folder is not None
-        log_setting = experiment.collect.log
         return Job(
             run_folder=str(folder.path),
             zero_ns=self.zero_ns,
-            metrics_urls=metrics_urls(experiment.target, experiment.collect.metrics_url),
-            interval_s=experiment.collect.metrics_interval_s,
-            headers=request_headers(experiment.target),
-            target_url=experiment.target.url,
-            tls_verify=experiment.target.tls_verify,
-            tls_cert=experiment.target.tls_cert,
-            log_path=None if log_setting == "none" else log_setting.removeprefix("file:"),
+            metrics_urls=metrics_urls(target, collect.metrics_url),
+            stage_urls=[
+                (stage.name, url) for stage in target.stages for url in metrics_urls(target, stage.metrics_url)
+            ],
+            interval_s=collect.metrics_interval_s,
+            headers=request_headers(target),
+            target_url=target.url,
+            tls_verify=target.tls_verify,
+            tls_cert=target.tls_cert,
+            otlp_host=collect.otlp_host,
+            otlp_port=None if collect.otlp_port == "none" else collect.otlp_port,
+            otlp_grpc_port=None if collect.otlp_grpc_port == "none" else collect.otlp_grpc_port,
+            otlp_tail_s=collect.otlp_tail_s,
+            services={stage.service: stage.name for stage in target.stages if stage.service is not None},
+            log=collect.log,
+            gpu=collect.gpu,
         )
 
     def _warm_up(self) -> None:
@@ -224,6 +235,8 @@ class MasterSide:
             self.folder.append(lines, name)
         except TwoclocksError as error:
             self._break(error)
+        else:
+            self.kept += lines.count(b"\n") if name == "requests.jsonl" else 0
 
     def keep_self(self, lines: bytes) -> None:
         """Append to self_samples.jsonl."""
@@ -334,7 +347,8 @@ class MasterSide:
         if self.watch is not None:
             self.watch.kill()
         if self.collectors is not None:
-            self.collectors.stop()
+            for text in self.collectors.stop(self.kept):
+                self.note(text)
         missing = len(set(self.shares) - set(self.sent))
         self._tell(
             status="finished" if self.time_is_up else "interrupted",

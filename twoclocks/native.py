@@ -1,20 +1,19 @@
 """The gevent side of the native reader: a greenlet waits for its own response, and Python runs for it only at the end.
 
-client.Connection takes `NativeReader.receive` where the extension was built; TLS, and a platform without it, keep the
-Python reader. A reader belongs to one process and to the hub of the thread that made it, so it is made where it is
-first needed, never at import: Locust's --processes forks.
+A reader belongs to one process and to the hub of the thread that made it; reader.py makes it where it is first needed.
 """
 
 import os
+import socket
 from types import ModuleType
-from typing import Literal
 
 import gevent
 from gevent.hub import Waiter
 from greenlet import GreenletExit
 
-from twoclocks.client import Connection, Received
-from twoclocks.endpoint import Endpoint
+from twoclocks.client import Received
+from twoclocks.dialect import Body
+from twoclocks.http1 import MAX_CHUNK_LINE_BYTES, MAX_TRAILER_BYTES, ProtocolError, ResponseReader
 
 _native: ModuleType | None
 try:
@@ -30,19 +29,15 @@ shorter than the rest share the burst's last stamp, and the word that a response
 READABLE = 1  # libev's EV_READ
 
 
-def reader_name(endpoint: Endpoint) -> Literal["native", "python"]:
-    """Which reader this process uses for an endpoint; TWOCLOCKS_READER=python asks for the Python one."""
-    asked = os.environ.get("TWOCLOCKS_READER", "native")
-    return "native" if _native is not None and endpoint.tls is None and asked != "python" else "python"
+is_built = _native is not None
 
-
-def connect(endpoint: Endpoint) -> Connection:
-    """A connection, not yet open, that uses this process's reader."""
-    global _reader
-    if reader_name(endpoint) == "python":
-        return Connection(endpoint)
-    _reader = _reader or NativeReader()
-    return Connection(endpoint, _reader.receive)
+_BAD_CODING = {
+    "bad_size": b"%(line)b\n",
+    "bad_end": b"1\r\nx%(line)b\n",
+    "bad_line": b"0" * (MAX_CHUNK_LINE_BYTES + 1),
+    "bad_trailer": b"0\r\n" + b"x" * (MAX_TRAILER_BYTES + 1) + b"\n",
+}
+"""Bytes after a head in which http1 finds the fault that the native reader found."""
 
 
 class NativeReader:
@@ -58,13 +53,12 @@ class NativeReader:
         self._watcher = self._loop.io(self._reader.fileno(), READABLE)
         self._watcher.start(self._tell)
 
-    def receive(self, fd: int, total_ns: int, first_token_ns: int, idle_ns: int) -> Received:
-        """The response to the request just written to a plain socket; blocks the calling greenlet alone.
+    def receive(self, sock: socket.socket, total_ns: int, first_token_ns: int, idle_ns: int) -> Received:
+        """A client.Receive for plain sockets. A greenlet that is killed gets what had come, as "cancelled".
 
-        Two deadlines on time.monotonic_ns() and the longest silence, in ns. A greenlet that is killed gets what had
-        come, as "cancelled". Raises OSError if the descriptor cannot be watched.
+        Raises OSError if the descriptor cannot be watched.
         """
-        token = self._reader.add(fd, total_ns, first_token_ns, idle_ns)
+        token = self._reader.add(sock.fileno(), total_ns, first_token_ns, idle_ns)
         waiter = self._waiting[token] = Waiter()
         killed = False
         try:
@@ -73,7 +67,7 @@ class NativeReader:
             killed = True
         finally:
             del self._waiting[token]
-            received = Received(*self._reader.collect(token))
+            received = as_received(*self._reader.collect(token))
         if not self._threaded:
             self._tell()  # what this greenlet does next may take longer than a gap, and others stream
         return received._replace(why="cancelled") if killed else received
@@ -96,16 +90,26 @@ class NativeReader:
                 self._loop.run_callback(self._waiting[token].switch, None)
 
 
-_reader: NativeReader | None = None
-
-
-def _forget_reader() -> None:
-    """In a forked child, which has no such thread, and must not take what its parent waits for."""
-    global _reader
-    if _reader is not None:
-        _reader.close()
-        _reader = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_reader)
+def as_received(
+    why: str,
+    head: bytes,
+    data: bytes,
+    times: list[int],
+    ends: list[int],
+    line: bytes,
+    first_byte_ns: int,
+    ended_ns: int,
+    user_stamps: int,
+    reusable: bool,
+    errno: int,
+) -> Received:
+    """What Reader.collect tells, in the words of http1; `line` is the beginning of a line that is no chunked coding."""
+    response, detail = ResponseReader(), os.strerror(errno) if errno else ""
+    try:
+        response.feed(head)
+        if why in _BAD_CODING:
+            response.feed(_BAD_CODING[why] % {b"line": line})
+    except ProtocolError as error:
+        why, detail = "protocol", str(error)
+    response.complete, response.reusable = why == "complete", reusable
+    return Received(why, detail, response, Body(data, times, ends), first_byte_ns, ended_ns, user_stamps)

@@ -17,7 +17,7 @@ from twoclocks.client import Origin, send
 from twoclocks.endpoint import Endpoint
 from twoclocks.errors import plain
 from twoclocks.experiment import Experiment
-from twoclocks.native import connect
+from twoclocks.reader import connect
 from twoclocks.record import TOKEN_KINDS, Record, encode_record, expand
 from twoclocks.workload import Plan
 

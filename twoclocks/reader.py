@@ -1,0 +1,254 @@
+"""Which reader receives, and the Python one: a gevent watcher a stream, whose callback reads and stamps.
+
+The native reader (native.py) is used where the extension was built; TLS, and a platform without it, use the one here.
+A reader belongs to one process and to the hub of the thread that made it, so it is made where it is first needed, never
+at import: Locust's --processes forks.
+"""
+
+import os
+import socket
+import ssl
+import struct
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Literal
+
+import gevent
+from gevent.hub import Waiter
+from greenlet import GreenletExit
+
+from twoclocks import native
+from twoclocks.client import MAX_BODY_BYTES, SO_TIMESTAMPNS, Connection, Received
+from twoclocks.dialect import Body, parse_event
+from twoclocks.endpoint import Endpoint
+from twoclocks.http1 import ProtocolError, ResponseReader
+from twoclocks.record import TOKEN_KINDS
+from twoclocks.sse import EventTooLong, SseDecoder
+
+READ_BYTES = 64 * 1024
+SWEEP_S = 0.02  # how late a timeout may be told
+READABLE = 1  # libev's EV_READ
+MAX_STAMP_AGE_NS = 60 * 10**9
+_TIMESPEC = struct.Struct("@ll")
+_CONTROL_BYTES = socket.CMSG_SPACE(_TIMESPEC.size) if hasattr(socket, "CMSG_SPACE") else 0
+
+
+def reader_name(endpoint: Endpoint) -> Literal["native", "python"]:
+    """Which reader this process uses for an endpoint; TWOCLOCKS_READER=python asks for the Python one."""
+    asked = os.environ.get("TWOCLOCKS_READER", "native")
+    return "native" if native.is_built and endpoint.tls is None and asked != "python" else "python"
+
+
+def connect(endpoint: Endpoint) -> Connection:
+    """A connection, not yet open, that uses this process's reader."""
+    name = reader_name(endpoint)
+    if name not in _readers:
+        _readers[name] = native.NativeReader() if name == "native" else PythonReader()
+    return Connection(endpoint, _readers[name].receive)
+
+
+class PythonReader:
+    """Receives on many connections, in the hub, between its other work."""
+
+    def __init__(self) -> None:
+        self._loop = gevent.get_hub().loop
+        self._streams: set[_Stream] = set()
+        self._ended: deque[_Stream] = deque()
+        self._wake = self._loop.timer(0)
+        self._sweep = self._loop.timer(SWEEP_S, SWEEP_S)
+
+    def receive(self, sock: socket.socket, total_ns: int, first_token_ns: int, idle_ns: int) -> Received:
+        """A client.Receive, for TLS too. A greenlet that is killed gets what had come, as "cancelled"."""
+        sock.settimeout(0)
+        watcher = self._loop.io(sock.fileno(), READABLE)
+        stream = _Stream(sock, watcher, total_ns, first_token_ns, idle_ns)
+        if not self._streams:
+            self._sweep.start(self._end_overdue)
+        self._streams.add(stream)
+        watcher.start(self._read, stream)
+        try:
+            self._read(stream)  # under TLS the first bytes may lie in the library already
+            while not stream.why:
+                stream.waiter.get()
+        except GreenletExit:
+            stream.why = "cancelled"
+        finally:
+            watcher.stop()
+            watcher.close()
+            self._streams.discard(stream)
+            if not self._streams:
+                self._sweep.stop()
+        return stream.received()
+
+    def close(self) -> None:
+        """Give up the timers. No greenlet may be waiting."""
+        for timer in (self._wake, self._sweep):
+            timer.stop()
+            timer.close()
+
+    def _read(self, stream: "_Stream") -> None:
+        stream.read()
+        if stream.why:
+            self._over(stream)
+
+    def _over(self, stream: "_Stream") -> None:
+        stream.watcher.stop()
+        self._ended.append(stream)
+        if not self._wake.active:
+            self._wake.start(self._wake_next)
+
+    def _wake_next(self) -> None:
+        """Wake one whose response has ended. The loop looks after the sockets before the next: when a wave of streams
+        ends, what is done for each takes less than a gap, but for all of them many gaps, and others stream.
+        """
+        stream = self._ended.popleft()
+        if self._ended:
+            self._wake.start(self._wake_next)
+        stream.waiter.switch(None)
+
+    def _end_overdue(self) -> None:
+        now = time.monotonic_ns()
+        for stream in [one for one in self._streams if one.deadline() <= now]:
+            if not stream.why:
+                stream.read()  # it is overdue only if nothing of it is waiting to be read
+                if not stream.why and stream.deadline() <= now:
+                    stream.end(stream.overdue())
+                if stream.why:
+                    self._over(stream)
+
+
+class _Stream:
+    """One response while it comes."""
+
+    __slots__ = (
+        "_ends", "_idle", "_is_token", "_last", "_pieces", "_recv", "_size", "_sock", "_times", "_token_due",
+        "_total_due", "detail", "ended", "first_byte", "response", "user_stamps", "waiter", "watcher", "why",
+    )  # fmt: skip
+
+    def __init__(self, sock: socket.socket, watcher: Any, total: int, first_token: int, idle: int) -> None:
+        self._sock, self.watcher = sock, watcher
+        self._recv = _recv_tls if isinstance(sock, ssl.SSLSocket) or not _CONTROL_BYTES else _recv_stamped
+        self._total_due, self._idle = total, idle
+        self._token_due: int | None = first_token
+        self._is_token = _first_token_watch()
+        self._last = self._size = 0
+        self._pieces: list[bytes] = []
+        self._times: list[int] = []
+        self._ends: list[int] = []
+        self.response = ResponseReader()
+        self.first_byte = self.ended = self.user_stamps = 0
+        self.why = self.detail = ""
+        self.waiter = Waiter()
+
+    def read(self) -> None:
+        """Take what is there."""
+        try:
+            for at, data, is_kernel in self._recv(self._sock):
+                self._take(at, data, is_kernel)
+                if self.why:
+                    return
+        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError):
+            pass
+        except ProtocolError as error:
+            if error.body:
+                self._keep(self._last, error.body)
+            self.end("protocol", str(error))
+        except OSError as error:
+            self.end("reset", error.strerror or str(error))
+
+    def _take(self, at: int, data: bytes, is_kernel: bool) -> None:
+        response = self.response
+        if not data:
+            response.end_of_input()
+            self.end("complete" if response.complete else "closed")
+            return
+        self._last = at
+        if not self.first_byte:
+            self.first_byte = at
+        self.user_stamps += not is_kernel
+        body = response.feed(data)
+        if body:
+            self._keep(at, body)
+            if self._token_due is not None and self._is_token(body):
+                self._token_due = None
+        if response.complete:
+            self.end("complete")
+        elif self._size > MAX_BODY_BYTES:
+            self.end("too_large")
+
+    def _keep(self, at: int, body: bytes) -> None:
+        self._size += len(body)
+        self._pieces.append(body)
+        self._times.append(at)
+        self._ends.append(self._size)
+
+    def end(self, why: str, detail: str = "") -> None:
+        """It is over."""
+        self.why, self.detail, self.ended = why, detail, time.monotonic_ns()
+
+    def deadline(self) -> int:
+        """When it is overdue if nothing comes, in ns."""
+        return min(self._total_due, self._last + self._idle if self._token_due is None else self._token_due)
+
+    def overdue(self) -> str:
+        """Which of the timeouts the deadline is."""
+        return "total" if self.deadline() == self._total_due else "idle" if self._token_due is None else "first_token"
+
+    def received(self) -> Received:
+        """All that has come."""
+        body = Body(b"".join(self._pieces), self._times, self._ends)
+        ended = self.ended or time.monotonic_ns()
+        return Received(self.why, self.detail, self.response, body, self.first_byte, ended, self.user_stamps)
+
+
+Arrivals = list[tuple[int, bytes, bool]]
+"""(time of arrival in ns, bytes, is it the kernel's stamp) of what was read; empty bytes at the end of input."""
+
+
+def _recv_stamped(sock: socket.socket) -> Arrivals:
+    data, control, _, _ = sock.recvmsg(READ_BYTES, _CONTROL_BYTES)
+    now = time.monotonic_ns()
+    for level, kind, value in control:
+        if level == socket.SOL_SOCKET and kind == SO_TIMESTAMPNS:
+            seconds, nanoseconds = _TIMESPEC.unpack_from(value)
+            # the stamp is on the wall clock; only its age enters, so that a step of that clock cannot
+            age = time.time_ns() - (seconds * 10**9 + nanoseconds)
+            if 0 <= age < MAX_STAMP_AGE_NS:
+                return [(now - age, data, True)]
+    return [(now, data, False)]
+
+
+def _recv_tls(sock: socket.socket) -> Arrivals:
+    arrivals = [(time.monotonic_ns(), sock.recv(READ_BYTES), False)]
+    while isinstance(sock, ssl.SSLSocket) and sock.pending():  # what the library holds makes no socket readable
+        arrivals.append((time.monotonic_ns(), sock.recv(READ_BYTES), False))
+    return arrivals
+
+
+def _first_token_watch() -> Callable[[bytes], bool]:
+    """A function that is fed the body until it says that the first token has come; only those few events are read."""
+    decoder = SseDecoder()
+
+    def is_token(body: bytes) -> bool:
+        try:
+            events = [parse_event(data) for data in decoder.feed(body)]
+        except EventTooLong:
+            return True  # told at the end; until then the other timeouts hold
+        return any(kind in TOKEN_KINDS for chunks, _ in events for kind, *_ in chunks)
+
+    return is_token
+
+
+_readers: dict[str, native.NativeReader | PythonReader] = {}
+
+
+def _forget_readers() -> None:
+    """In a forked child, which has no such thread, and must not take what its parent waits for."""
+    for reader in _readers.values():
+        reader.close()
+    _readers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_readers)
