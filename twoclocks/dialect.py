@@ -188,13 +188,10 @@ def read_stream(body: Body) -> Stream:
     split into reads, but for the times and `reads_merged`.
     """
     times = [*body.times, *body.times[-1:]]  # the last of the event that the end of the stream completed
-    arrived: list[int] = []
-    kinds: list[Kind] = []
-    choices: list[int] = []
-    texts: list[str] = []
-    running: list[int | None] = []  # completion tokens so far, as told on each chunk
-    reasons: list[str | None] = []  # to finish
+    chunks: list[Chunk] = []
+    reads: list[int] = []  # the read that brought each chunk
     token_reads: list[int] = []  # the read that brought each event with a token
+    told: list[Any] = []  # completion tokens so far, as told on each chunk
     usage = _Usage()
     server: dict[str, Any] | None = None
     error = malformed = None
@@ -210,39 +207,35 @@ def read_stream(body: Body) -> Stream:
             if payload.error is not None:
                 error = error or _error_message(payload.error)
                 continue
-            if len(kinds) > MAX_CHUNKS:
+            if len(chunks) > MAX_CHUNKS:
                 malformed = f"an answer of more than {MAX_CHUNKS} chunks"
                 break
-            chunks, told = _chunks(payload)
-            count = None
-            if told is not None:
-                count = _count(told.completion_tokens)
-                if told.completion_tokens is not None or told.prompt_tokens is not None:
-                    usage = told
+            in_event, counts = _chunks(payload)
             is_token = False
-            for kind, choice, text, reason in chunks:
-                arrived.append(times[read])
-                kinds.append(kind)
-                choices.append(choice)
-                texts.append(text)
-                running.append(count)
-                reasons.append(reason)
-                is_token = is_token or kind in TOKEN_KINDS
+            for chunk in in_event:
+                chunks.append(chunk)
+                reads.append(read)
+                told.append(None if counts is None else counts.completion_tokens)
+                is_token = is_token or chunk[0] in TOKEN_KINDS
             if is_token:
                 token_reads.append(read)
+            if counts is not None and (counts.completion_tokens is not None or counts.prompt_tokens is not None):
+                usage = counts
             server = payload.metrics or payload.timings or server
     except EventTooLong as too_long:
         malformed = malformed or str(too_long)
 
+    kinds = [chunk[0] for chunk in chunks]
+    choices = [chunk[1] for chunk in chunks]
+    reasons = [chunk[3] for chunk in chunks]
+    tokens, output_tokens, token_source = _count_tokens(kinds, choices, reasons, told, usage)
     finish_reasons = {choice: reason for choice, reason in zip(choices, reasons, strict=True) if reason is not None}
-    tokens, output_tokens, token_source = _count_tokens(kinds, choices, reasons, running, usage)
     details = usage.prompt_tokens_details
     merged = 0
     if len(set(token_reads)) < len(token_reads):
         merged = sum(count > 1 for count in Counter(token_reads).values())
-    speaking = {choice for choice, text in zip(choices, texts, strict=True) if text} if finish_reasons else set()
     return Stream(
-        arrived_ns=arrived,
+        arrived_ns=[times[read] for read in reads],
         kinds=kinds,
         choices=choices,
         tokens=tokens,
@@ -252,9 +245,9 @@ def read_stream(body: Body) -> Stream:
         cached_tokens=_count(details.get("cached_tokens")) if isinstance(details, dict) else None,
         token_source=token_source,
         finish_reason=next(iter(finish_reasons.values()), None),
-        text="".join(texts),
+        text="".join([chunk[2] for chunk in chunks]),
         server=server,
-        ended=done or (bool(finish_reasons) and finish_reasons.keys() >= speaking),
+        ended=done or (bool(finish_reasons) and finish_reasons.keys() >= {chunk[1] for chunk in chunks if chunk[2]}),
         error=error,
         malformed=malformed,
     )
@@ -298,22 +291,27 @@ def _count_tokens(
     kinds: list[Kind],
     choices: list[int],
     reasons: list[str | None],
-    running: list[int | None],
+    told: list[Any],
     usage: _Usage,
 ) -> tuple[list[int | None] | None, int | None, TokenSource | None]:
-    """Tokens of each chunk, of the whole answer, and where the count comes from."""
+    """Tokens of each chunk, of the whole answer, and where the count comes from.
+
+    `told`: the completion tokens so far that the server told on each chunk, not yet believed.
+    """
     is_token = [kind in TOKEN_KINDS for kind in kinds]
     token_chunks = sum(is_token)
     total = _count(usage.completion_tokens)
+    one_each = not any(choices) and told == [*accumulate(is_token)]
+    running = told if one_each else [_count(count) for count in told]
     # usage at the end alone is no running count; and an answer may be tokens without text from beginning to end
     before_the_end = zip(running, kinds, reasons, strict=True)
     if any(count is not None and reason is None and kind != "usage" for count, kind, reason in before_the_end):
-        if not any(choices) and running == [*accumulate(is_token)]:
+        if one_each:
             return None, max(token_chunks, total or 0), "per-chunk usage"
         if None not in compress(running, is_token):
-            per_chunk, told = _running_tokens(kinds, choices, reasons, running)
+            per_chunk, last = _running_tokens(kinds, choices, reasons, running)
             plain = all(count == expected for count, expected in zip(per_chunk, is_token, strict=True))
-            return (None if plain else per_chunk), max(told, total or 0), "per-chunk usage"
+            return (None if plain else per_chunk), max(last, total or 0), "per-chunk usage"
     if not token_chunks and total is None:
         return None, None, None
     if total is None:

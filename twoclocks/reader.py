@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import gevent
+import gevent.monkey
 from gevent.hub import Waiter
 from greenlet import GreenletExit
 
@@ -27,9 +28,10 @@ from twoclocks.record import TOKEN_KINDS
 from twoclocks.sse import EventTooLong, SseDecoder
 
 READ_BYTES = 64 * 1024
-SWEEP_S = 0.02  # how late a timeout may be told
+SWEEP_S = 0.1  # how late a timeout may be told
 READABLE = 1  # libev's EV_READ
 MAX_STAMP_AGE_NS = 60 * 10**9
+_sleep = gevent.monkey.get_original("time", "sleep")
 _TIMESPEC = struct.Struct("@ll")
 _CONTROL_BYTES = socket.CMSG_SPACE(_TIMESPEC.size) if hasattr(socket, "CMSG_SPACE") else 0
 
@@ -55,8 +57,10 @@ class PythonReader:
         self._loop = gevent.get_hub().loop
         self._streams: set[_Stream] = set()
         self._ended: deque[_Stream] = deque()
+        self._stamped = False  # did the kernel stamp the read before?
         self._wake = self._loop.timer(0)
         self._sweep = self._loop.timer(SWEEP_S, SWEEP_S)
+        self._before_polling = self._loop.prepare()
 
     def receive(self, sock: socket.socket, total_ns: int, first_token_ns: int, idle_ns: int) -> Received:
         """A client.Receive, for TLS too. A greenlet that is killed gets what had come, as "cancelled"."""
@@ -65,6 +69,7 @@ class PythonReader:
         stream = _Stream(sock, watcher, total_ns, first_token_ns, idle_ns)
         if not self._streams:
             self._sweep.start(self._end_overdue)
+            self._before_polling.start(self._rest)
         self._streams.add(stream)
         watcher.start(self._read, stream)
         try:
@@ -79,16 +84,25 @@ class PythonReader:
             self._streams.discard(stream)
             if not self._streams:
                 self._sweep.stop()
+                self._before_polling.stop()
         return stream.received()
 
     def close(self) -> None:
         """Give up the timers. No greenlet may be waiting."""
-        for timer in (self._wake, self._sweep):
-            timer.stop()
-            timer.close()
+        for watcher in (self._wake, self._sweep, self._before_polling):
+            watcher.stop()
+            watcher.close()
+
+    def _rest(self) -> None:
+        """Hold the whole loop a little, while the kernel stamps: one wake-up then serves many reads, as native.PAUSE_NS
+        says. Never while a response is to be handed over, or where an arrival is stamped by the read itself.
+        """
+        if not self._ended and self._stamped:
+            _sleep(min(native.PAUSE_NS * len(self._streams), native.MAX_PAUSE_NS) / 1e9)
 
     def _read(self, stream: "_Stream") -> None:
         stream.read()
+        self._stamped = not stream.user_stamps
         if stream.why:
             self._over(stream)
 
@@ -122,13 +136,15 @@ class _Stream:
     """One response while it comes."""
 
     __slots__ = (
-        "_ends", "_idle", "_is_token", "_last", "_pieces", "_recv", "_size", "_sock", "_times", "_token_due",
+        "_ends", "_idle", "_is_token", "_last", "_pieces", "_recvmsg", "_size", "_sock", "_times", "_token_due",
         "_total_due", "detail", "ended", "first_byte", "response", "user_stamps", "waiter", "watcher", "why",
     )  # fmt: skip
 
-    def __init__(self, sock: socket.socket, watcher: Any, total: int, first_token: int, idle: int) -> None:
+    def __init__(self, sock: Any, watcher: Any, total: int, first_token: int, idle: int) -> None:
         self._sock, self.watcher = sock, watcher
-        self._recv = _recv_tls if isinstance(sock, ssl.SSLSocket) or not _CONTROL_BYTES else _recv_stamped
+        stamped = _CONTROL_BYTES and not isinstance(sock, ssl.SSLSocket)
+        # gevent's own method, which waits where there is nothing, costs a tenth of a read
+        self._recvmsg = getattr(sock, "_sock", sock).recvmsg if stamped else None
         self._total_due, self._idle = total, idle
         self._token_due: int | None = first_token
         self._is_token = _first_token_watch()
@@ -144,44 +160,47 @@ class _Stream:
     def read(self) -> None:
         """Take what is there."""
         try:
-            for at, data, is_kernel in self._recv(self._sock):
-                self._take(at, data, is_kernel)
-                if self.why:
-                    return
+            if self._recvmsg is not None:
+                data, control, _, _ = self._recvmsg(READ_BYTES, _CONTROL_BYTES)
+                self._take(data, _stamp(control))
+                return
+            self._take(self._sock.recv(READ_BYTES), None)
+            # what the TLS library holds makes no socket readable
+            while not self.why and isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
+                self._take(self._sock.recv(READ_BYTES), None)
         except (BlockingIOError, InterruptedError, ssl.SSLWantReadError):
             pass
-        except ProtocolError as error:
-            if error.body:
-                self._keep(self._last, error.body)
-            self.end("protocol", str(error))
         except OSError as error:
             self.end("reset", error.strerror or str(error))
 
-    def _take(self, at: int, data: bytes, is_kernel: bool) -> None:
+    def _take(self, data: bytes, at: int | None) -> None:
         response = self.response
         if not data:
             response.end_of_input()
             self.end("complete" if response.complete else "closed")
             return
+        if at is None:
+            at = time.monotonic_ns()
+            self.user_stamps += 1
         self._last = at
         if not self.first_byte:
             self.first_byte = at
-        self.user_stamps += not is_kernel
-        body = response.feed(data)
+        try:
+            body = response.feed(data)
+        except ProtocolError as error:
+            body = error.body
+            self.end("protocol", str(error))
         if body:
-            self._keep(at, body)
+            self._size += len(body)
+            self._pieces.append(body)
+            self._times.append(at)
+            self._ends.append(self._size)
             if self._token_due is not None and self._is_token(body):
                 self._token_due = None
         if response.complete:
             self.end("complete")
-        elif self._size > MAX_BODY_BYTES:
+        elif self._size > MAX_BODY_BYTES and not self.why:
             self.end("too_large")
-
-    def _keep(self, at: int, body: bytes) -> None:
-        self._size += len(body)
-        self._pieces.append(body)
-        self._times.append(at)
-        self._ends.append(self._size)
 
     def end(self, why: str, detail: str = "") -> None:
         """It is over."""
@@ -202,28 +221,16 @@ class _Stream:
         return Received(self.why, self.detail, self.response, body, self.first_byte, ended, self.user_stamps)
 
 
-Arrivals = list[tuple[int, bytes, bool]]
-"""(time of arrival in ns, bytes, is it the kernel's stamp) of what was read; empty bytes at the end of input."""
-
-
-def _recv_stamped(sock: socket.socket) -> Arrivals:
-    data, control, _, _ = sock.recvmsg(READ_BYTES, _CONTROL_BYTES)
-    now = time.monotonic_ns()
+def _stamp(control: list[tuple[int, int, bytes]]) -> int | None:
+    """When the kernel received, in ns of time.monotonic_ns()."""
     for level, kind, value in control:
-        if level == socket.SOL_SOCKET and kind == SO_TIMESTAMPNS:
-            seconds, nanoseconds = _TIMESPEC.unpack_from(value)
+        if kind == SO_TIMESTAMPNS and level == socket.SOL_SOCKET:
+            seconds, nanoseconds = _TIMESPEC.unpack_from(value)  # type: tuple[int, int]
             # the stamp is on the wall clock; only its age enters, so that a step of that clock cannot
             age = time.time_ns() - (seconds * 10**9 + nanoseconds)
             if 0 <= age < MAX_STAMP_AGE_NS:
-                return [(now - age, data, True)]
-    return [(now, data, False)]
-
-
-def _recv_tls(sock: socket.socket) -> Arrivals:
-    arrivals = [(time.monotonic_ns(), sock.recv(READ_BYTES), False)]
-    while isinstance(sock, ssl.SSLSocket) and sock.pending():  # what the library holds makes no socket readable
-        arrivals.append((time.monotonic_ns(), sock.recv(READ_BYTES), False))
-    return arrivals
+                return time.monotonic_ns() - age
+    return None
 
 
 def _first_token_watch() -> Callable[[bytes], bool]:
