@@ -6,6 +6,7 @@ from make_run import make_run, record, write_folder
 
 from twoclocks import cli
 from twoclocks.errors import RunFolderError
+from twoclocks.load import load_run
 
 
 def test_report_ends_with_where_to_look(tmp_path, capsys):
@@ -87,3 +88,53 @@ def test_exit_codes_say_whether_the_slo_was_met_and_the_run_holds(tmp_path, caps
     assert codes == {1: 1, 60_000: 0}
     assert cli.main(["report", str(failed)]) == 4
     assert "Verdict: INVALID" in capsys.readouterr().out
+
+
+def test_a_log_given_later_is_kept_and_used(tmp_path, capsys):
+    run, log = tmp_path / "r", tmp_path / "from-the-server.log"
+    make_run(run, requests=10, server="transformers")
+    (run / "server.log").rename(log)
+    unjoined = load_run(run).requests
+    kept = run / "server-added.log"
+
+    for _ in range(2):
+        assert cli.main(["report", str(run), "--server-log", str(log)]) == 0
+        assert f"server's log: {kept}" in capsys.readouterr().out
+    joined = load_run(run).requests
+    assert cli.main(["report", str(run)]) == 0
+
+    assert kept.read_text() == log.read_text()
+    assert [path.name for path in run.glob("server*.log")] == ["server-added.log"]
+    assert unjoined["server_queue"].isna().all()
+    assert joined["server_queue"].notna().all()
+    assert set(joined["server_source"]) == {"log"}
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        ("nowhere.log", "nowhere.log: cannot be copied: No such file or directory"),
+        (".", "is no regular file; give --server-log a file with the server's log"),
+        ("huge.log", "huge.log: with it the run's logs are 1024 MiB, at most 512 MiB are read; cut it to the time"),
+    ],
+)
+def test_a_log_that_cannot_be_used_is_one_line(tmp_path, capsys, log, expected):
+    run = write_folder(tmp_path / "r", [record()])
+    with (tmp_path / "huge.log").open("wb") as file:
+        file.truncate(1 << 30)  # a hole: takes no room
+
+    assert cli.main(["report", str(run), "--server-log", str(tmp_path / log)]) == 2
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("twoclocks: ")
+    assert expected in line
+    assert not list(run.glob("server-added*"))
+
+
+def test_a_log_is_not_put_into_a_folder_that_is_no_run(tmp_path, capsys):
+    (tmp_path / "x.log").write_text("a\n")
+
+    assert cli.main(["report", str(tmp_path), "--server-log", str(tmp_path / "x.log")]) == 2
+
+    assert "is no run folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.log"]

@@ -29,8 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from twoclocks import report, terminal
+    from twoclocks import log_files, report, terminal
 
+    if options.server_log is not None:
+        print(f"server's log: {log_files.add_log(options.run, options.server_log)}")
     built = report.build(options.run, _progress)
     _show(terminal.render(built.summary))
     print(f"report: {built.html}\nviolin: {built.violin}")
@@ -93,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: twoclocks report output/demo-vllm. Exit code: 0; 1: SLO missed; 4: the run is INVALID.",
     )
     report.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    report.add_argument(
+        "--server-log",
+        metavar="FILE",
+        type=Path,
+        help="a log copied from the server's machine; it is added to the run's folder, and later reports have it too",
+    )
     report.set_defaults(command=_report)
     compare = commands.add_parser(
         "compare",

@@ -5,6 +5,8 @@ Everything a user may set stands here once, with its unit in its name. Knows not
 
 import os
 import re
+import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -267,8 +269,7 @@ def _check(experiment: Experiment, where: str) -> None:
         )
     if experiment.workload.ignore_eos and target.server == "transformers":
         raise ExperimentError(f"{where}: workload.ignore_eos: transformers serve refuses this field; leave it out")
-    if collect.log != "none" and not collect.log.startswith("file:"):
-        raise ExperimentError(f"{where}: collect.log: expected none or file:PATH, found {collect.log!r}")
+    _check_log(collect.log, where)
     for key, path in (("tls_cert", target.tls_cert), ("tokenizer", target.tokenizer)):
         if path is not None and not Path(path).is_file():
             raise ExperimentError(f"{where}: target.{key}: no file at {path!r}")
@@ -279,3 +280,24 @@ def _check(experiment: Experiment, where: str) -> None:
             raise ExperimentError(f"{where}: collect.metrics_url: expected auto, none or a list of URLs, found {url!r}")
         if re.match(r"https?://[^/]*@", url):
             raise ExperimentError(f"{where}: collect.metrics_url: holds a password, which would be written down")
+
+
+def _check_log(setting: str, where: str) -> None:
+    kind, _, rest = setting.partition(":")
+    if setting == "none" or (kind == "file" and rest):
+        return
+    try:
+        argv = shlex.split(rest) if kind == "command" else []
+    except ValueError as error:
+        raise ExperimentError(
+            f"{where}: collect.log: expected command:ARGV, found {rest!r} ({str(error).lower()})"
+        ) from None
+    if not argv:
+        raise ExperimentError(
+            f"{where}: collect.log: expected none or file:PATH or command:ARGV, such as "
+            f"'command:docker logs --follow --tail 0 NAME', found {setting!r}"
+        )
+    if shutil.which(argv[0]) is None:
+        raise ExperimentError(
+            f"{where}: collect.log: expected a command that is on this machine, found {argv[0]!r}, which is not"
+        )
