@@ -19,10 +19,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from twoclocks import expositions, metrics
-from twoclocks.expositions import HISTOGRAMS
+from twoclocks.buckets import Distribution
 from twoclocks.join import DEFINITIONS
 from twoclocks.load import Run
 from twoclocks.metrics import Floats, definition
+from twoclocks.server_names import COUNTERS
 from twoclocks.terminal import number
 
 CLIENT, SERVER, INK, QUIET = "#0072B2", "#D55E00", "#222222", "#6b6b6b"
@@ -57,7 +58,7 @@ def violins(runs: Sequence[Run], path: Path, title: str) -> None:
     engine = ConstrainedLayoutEngine(hspace=0.06, wspace=0.04)
     figure = Figure(figsize=(width, height + 0.6), dpi=110, layout=engine)
     (head,), (body,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(0.6, height))
-    head.text(0.01, 0.95, _printable(textwrap.shorten(title, int(9 * width))), fontsize=14, fontweight="bold", va="top")
+    head.text(0.01, 0.95, printable(textwrap.shorten(title, int(9 * width))), fontsize=14, fontweight="bold", va="top")
     handles = [Patch(color=CLIENT, alpha=0.55), Patch(color=SERVER, alpha=0.55), Line2D([], [], color=INK, lw=2)]
     labels = ["client (left half): as it arrived", "server (right half): as it says", "median"]
     head.legend(handles, labels, loc="lower left", ncols=3, frameon=False, fontsize=11)
@@ -71,7 +72,7 @@ def timeline(run: Run, path: Path) -> None:
     kv = [g for g in (expositions.gauge(s, "kv_cache_usage") for s in run.scrapes) if g]
     rows = 3 if kv else 2
     figure = Figure(figsize=(12, 2.2 + 2.5 * rows), dpi=110, layout="constrained")
-    figure.suptitle(_printable(f"{run.name}: the run over time"), fontsize=14, fontweight="bold", x=0.01, ha="left")
+    figure.suptitle(printable(f"{run.name}: the run over time"), fontsize=14, fontweight="bold", x=0.01, ha="left")
     panels = figure.subplots(rows, 1, sharex=True)
     _concurrency(panels[0], run)
     _throughput(panels[1], run)
@@ -102,7 +103,7 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
     pairs = [(Side(run.gaps.seconds, "no value"), Side(np.array([]), _itl_mean(run))) for run in runs]
     notes = [f"Client: {definition(metrics.chunk_gaps)}"]
     if any("mean" in server.silence for _, server in pairs):
-        notes.append(f"Server: {HISTOGRAMS['itl'][1]}.")
+        notes += [f"Server: {gained.definition}." for gained in _told_itl(runs)]
     panels.append(Panel("Inter-token latency (ITL), chunk gaps", pairs, notes))
     return panels
 
@@ -120,6 +121,12 @@ def _itl_mean(run: Run) -> str:
     mean = _window_mean(run, "itl")
     nothing = "this server tells\nno single gaps"
     return f"{nothing};\nits /metrics mean:\n{number(mean, 's')} ms a step" if mean is not None else nothing
+
+
+def _told_itl(runs: Sequence[Run]) -> list[Distribution]:
+    """What the servers of the runs told of their ITL, a definition once."""
+    told = (expositions.histogram_delta(run.scrapes, run.first_scrapes, "itl") for run in runs)
+    return list({gained.definition: gained for gained in told if gained is not None}.values())
 
 
 def _window_mean(run: Run, metric: str) -> float | None:
@@ -146,7 +153,7 @@ def _draw(axes: Axes, panel: Panel, names: list[str], footnote_width: int) -> No
         axes.text(0.5, 0.5, "no measured request has a value", transform=axes.transAxes, ha="center", color=QUIET)
     axes.set_xlim(-0.62, len(names) - 0.38)
     counts = [" | ".join(f"{len(side.values):,}" for side in pair if len(side.values)) or "0" for pair in panel.pairs]
-    labels = [f"{_printable(textwrap.fill(name, 28))}\nn = {n}" for name, n in zip(names, counts, strict=True)]
+    labels = [f"{printable(textwrap.fill(name, 28))}\nn = {n}" for name, n in zip(names, counts, strict=True)]
     axes.set_xticks(range(len(names)), labels, fontsize=10)
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="y", color="#000000", alpha=0.12, lw=0.7)
@@ -246,7 +253,7 @@ def _throughput(axes: Axes, run: Run) -> None:
         total, edges = np.histogram(run.arrivals.at, bins=_bins(run), weights=arrived)
         axes.stairs(total / np.diff(edges), edges, color=CLIENT, lw=1.8, label="output tokens/s, client (by arrival)")
     for scrapes in run.scrapes:
-        columns = [i for i, (name, _) in enumerate(scrapes.series) if name in expositions.COUNTERS["generation_tokens"]]
+        columns = [i for i, (name, _) in enumerate(scrapes.series) if name in COUNTERS["generation_tokens"]]
         if columns and len(scrapes.at) > 1:
             rate = np.diff(np.nansum(scrapes.values[:, columns], axis=1)) / np.diff(scrapes.at)
             label = "generation tokens/s, server (counter)"
@@ -279,6 +286,6 @@ def _finish(axes: Axes, label: str) -> None:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Without matplotlib's own mark-up, which a ``$`` in a name would start."""
     return text.replace("$", r"\$")
