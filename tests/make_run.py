@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from twoclocks.record import Record, encode_record, run_lengths
+from twoclocks.server_requests import ServerRequest, encode_server_request
 
 LE_TTFT = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, float("inf")]
 LE_ITL = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, float("inf")]
@@ -67,10 +68,15 @@ def make_run(
     server: str = "vllm",
     slow: float = 1.0,
     failures: int = 0,
+    queue: float = 0.0,
+    spans: bool = False,
+    gateway: float | None = None,
 ) -> Planted:
     """A run of ``requests`` measured requests, two to warm up and ``failures`` refused ones.
 
-    ``server``: vllm (in-band timings and /metrics), transformers (log lines), or silent (tells nothing).
+    ``server``: vllm (in-band timings and /metrics), transformers (log lines), or silent (tells nothing). ``queue``:
+    seconds that each request waits in the server besides. ``spans``: a span a request, too. ``gateway``: seconds that
+    a stage of this name adds around the server; its spans tell how long it had the request.
     """
     rng = np.random.default_rng(seed)
     planted, records, log = Planted(), [], []
@@ -79,11 +85,11 @@ def make_run(
         warmup = number < 2
         user = 0 if warmup else int(np.argmin(free_at))
         sent_at = 0.1 + 0.6 * number if warmup else free_at[user]
-        made = _request(rng, number, user, sent_at, warmup, server, slow)
+        made = _request(rng, number, user, sent_at, warmup, server, slow, queue, gateway or 0)
         records.append(made)
         if not warmup:
             free_at[user] = made.ended_at + 0.01
-        _plant(planted, made, rng)
+        _plant(planted, made, gateway or 0)
         log.append(
             f"Request {made.request_id} finished: "
             f"prefill_len = {made.prompt_tokens} decode_len = {made.output_tokens} "
@@ -136,6 +142,11 @@ def make_run(
         f"name: invented\nload: {{shape: ramp, users: {users}, ramp_s: 2, duration_s: 20}}\n"
         "slo: {ttft_ms: 250, tpot_ms: 50, e2e_ms: none}\n"
     )
+    if spans or gateway is not None:
+        (folder / "server_requests.jsonl").write_bytes(b"".join(_spans(planted, records, gateway, spans)))
+    if gateway is not None:
+        with (folder / "experiment.yaml").open("a") as file:
+            file.write(f"target: {{server: {server}, stages: [{{name: gateway, service: gw}}]}}\n")
     if server == "vllm":
         (folder / "server_samples.jsonl").write_text("".join(_scrapes(planted, end)))
     if server == "transformers":
@@ -143,10 +154,12 @@ def make_run(
     return planted
 
 
-def _request(rng, number: int, user: int, sent_at: float, warmup: bool, server: str, slow: float) -> Record:
-    queue = float(rng.exponential(0.008)) * slow
+def _request(
+    rng, number: int, user: int, sent_at: float, warmup: bool, server: str, slow: float, waits: float, outside: float
+) -> Record:
+    queue = float(rng.exponential(0.008)) * slow + waits
     prefill = float(rng.lognormal(np.log(0.08), 0.3)) * slow
-    before = 0.03 + float(rng.exponential(0.02))
+    before = 0.03 + float(rng.exponential(0.02)) + outside
     tokens = int(rng.integers(8, 40))
     # the chunk of step i carries a token; now and then two steps are delivered as one chunk
     steps = rng.lognormal(np.log(0.02 * slow), 0.35, tokens - 1)
@@ -195,7 +208,7 @@ def _without_server(made: Record) -> Record:
     return Record(**{name: getattr(made, name) for name in Record.__struct_fields__ if name != "server"})
 
 
-def _plant(planted: Planted, made: Record, rng) -> None:
+def _plant(planted: Planted, made: Record, outside: float) -> None:
     server = made.server
     queue, prefill = server["queue_time_ms"] / 1e3, server["time_to_first_token_ms"] / 1e3
     decode = server["generation_time_ms"] / 1e3
@@ -205,10 +218,26 @@ def _plant(planted: Planted, made: Record, rng) -> None:
     planted.queue.append(queue)
     planted.prefill.append(prefill)
     planted.decode.append(decode)
-    planted.ttft.append(client_ttft - 0.004)
+    planted.ttft.append(client_ttft - 0.004 - outside)
     planted.tokens.append(made.output_tokens)
     planted.steps.append(np.full(made.output_tokens - 1, decode / (made.output_tokens - 1)))
     planted.prompt_tokens.append(made.prompt_tokens)
+
+
+def _spans(planted: Planted, records: list[Record], gateway: float | None, spans: bool) -> list[bytes]:
+    """Lines of server_requests.jsonl, of all records that were answered, last ones first."""
+    lines = []
+    answered = sorted((made for made in records if made.sent_at is not None), key=lambda made: made.request_id)
+    for number, made in enumerate(answered):
+        ids = {"source": "otlp", "request_id": made.request_id, "trace_id": made.request_id, "at": made.ended_at + 3}
+        if spans:
+            told = {name: getattr(planted, name)[number] for name in ("ttft", "queue", "prefill", "decode")}
+            told |= {"e2e": planted.ttft[number] + planted.decode[number], "output_tokens": planted.tokens[number]}
+            lines.append(encode_server_request(ServerRequest(server="vllm", **ids, **told)))
+        if gateway is not None:
+            e2e = planted.ttft[number] + planted.decode[number] + gateway
+            lines.append(encode_server_request(ServerRequest(server="gateway", **ids, e2e=e2e)))
+    return lines[::-1]
 
 
 def _scrapes(planted: Planted, end: float) -> list[str]:
@@ -246,7 +275,7 @@ def _samples(planted: Planted, at: float) -> list[list[object]]:
         ["vllm:prompt_tokens_total", engine, float(pick(planted.prompt_tokens, ended).sum())],
         ["process_start_time_seconds", {}, 1.79e9],
     ]
-    e2e = np.array(planted.queue) + planted.prefill + planted.decode
+    e2e = np.array(planted.ttft) + planted.decode
     for name, values, bounds in (
         ("time_to_first_token_seconds", pick(planted.ttft, begun), LE_TTFT),
         ("inter_token_latency_seconds", np.concatenate(steps) if steps else np.array([]), LE_ITL),

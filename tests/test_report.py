@@ -26,6 +26,7 @@ def test_all_files_are_written(built):
         "report.html",
         "plots/client_vs_server_violin.png",
         "plots/timeline.png",
+        "plots/waterfall.png",
     ):
         assert (folder / name).stat().st_size > 100, name
     assert made.html == folder / "report.html"
@@ -54,7 +55,7 @@ def test_the_page_is_self_contained_and_well_formed(built):
 
     assert problems == []
     assert opened == []
-    assert html.count("data:image/png;base64,") == 2
+    assert html.count("data:image/png;base64,") == 3
 
 
 def test_the_servers_text_is_escaped(built):
@@ -72,6 +73,17 @@ def test_the_page_shows_the_figures_of_the_summary(built):
     assert f"{made.summary['figures']['ttft']['p50'] * 1e3:,.1f}" in html
     assert "Both hold queue and prefill" in html
     assert "shape: ramp" in html
+
+
+def test_each_part_of_the_waterfall_stands_there_with_its_definition(built):
+    folder, made = built
+    html = (folder / "report.html").read_text()
+    (waterfall,) = made.summary["waterfall"]
+
+    assert "The largest part of the time to the first token is" in html
+    for bar in waterfall["bars"]:
+        assert bar["label"] in html
+        assert html.count(bar["definition"].replace(">", "&gt;").replace("'", "&#39;")) >= 2, bar["name"]
 
 
 def test_a_report_can_be_made_again(built):

@@ -5,7 +5,7 @@ import pytest
 from make_run import make_run, record, write_folder
 
 import twoclocks
-from twoclocks import terminal
+from twoclocks import report, terminal
 from twoclocks.summary import summarise
 from twoclocks.vllm_bench import vllm_bench
 
@@ -104,10 +104,17 @@ def test_no_difference_between_unequal_numbers_of_observations(made):
     assert found["difference"] is None
 
 
+def test_requests_that_failed_are_counted_apart(made):
+    _, summary, _ = made
+
+    assert (summary["join"]["not_ok"], summary["join"]["not_ok_joined"]) == (3, 0)
+    assert summary["join"]["by_source"] == {"in-band": 50}
+
+
 def test_checks_pass_on_a_sound_run(made):
     _, summary, _ = made
 
-    assert [c["passed"] for c in summary["checks"]] == [True] * 7
+    assert [c["name"] for c in summary["checks"] if not c["passed"]] == []
     assert "All 50 requests" in check(summary, "joined")["text"]
 
 
@@ -123,7 +130,10 @@ def test_checks_fail_where_something_is_wrong(tmp_path):
 
     summary = summarise(twoclocks.load_run(tmp_path / "r"))
 
-    for name in ("joined", "client_after_server", "chunks_agree_with_usage", "output_tokens_agree_with_counter"):
+    for name in (
+        "joined", "client_after_server", "chunks_agree_with_usage", "output_tokens_agree_with_counter",
+        "waterfall_not_negative", "queue_agrees_with_histogram",
+    ):  # fmt: skip
         assert check(summary, name)["passed"] is False, name
     assert check(summary, "prompt_tokens_agree_with_counter")["passed"] is True
     assert "19 of 20" in check(summary, "joined")["text"]
@@ -224,3 +234,202 @@ def test_vllm_layout(made):
     assert len(bench["ttfts"]) == len(bench["itls"]) == len(bench["errors"]) == 53
     for row_number, request in enumerate(run.measured.index):
         assert sum(bench["itls"][row_number]) == pytest.approx(run.gaps.seconds[run.gaps.request == request].sum())
+
+
+@pytest.fixture(scope="module")
+def saturated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "saturated"
+    planted = make_run(folder, requests=40, queue=2.0, spans=True)
+    return summarise(twoclocks.load_run(folder)), planted
+
+
+def test_the_waterfall_is_the_planted_one_and_names_the_saturation(saturated):
+    summary, planted = saturated
+    (waterfall,) = summary["waterfall"]
+    bars = {bar["name"]: bar for bar in waterfall["bars"]}
+    inside = np.array(planted.ttft) - planted.queue - planted.prefill
+
+    assert (waterfall["source"], waterfall["told_by"], waterfall["n"]) == ("otlp", "vllm", 40)
+    assert list(bars) == ["late", "connect", "send", "http+delivery", "template+tokenize", "queue", "prefill", "total"]
+    assert bars["late"]["mean"] == pytest.approx(0.0005)
+    assert bars["send"]["mean"] == pytest.approx(0.0002)
+    assert bars["http+delivery"]["mean"] == pytest.approx(0.004 - 0.0002)
+    assert bars["template+tokenize"]["mean"] == pytest.approx(inside[2:].mean())
+    assert bars["queue"]["mean"] == pytest.approx(np.mean(planted.queue[2:]))
+    assert bars["prefill"]["mean"] == pytest.approx(np.mean(planted.prefill[2:]))
+    text = terminal.to_text(terminal.render(summary))
+    words = " ".join(text.split())
+    assert "Requests waited in the server's queue for 2,0" in words
+    assert "the server is saturated" in words
+    assert max(map(len, text.splitlines())) <= terminal.WIDTH
+
+
+def test_both_sources_agree_with_each_other_and_with_the_histograms(saturated):
+    summary, _ = saturated
+    names = {c["name"]: c["passed"] for c in summary["checks"]}
+
+    assert names["sources_agree"] is names["server_rows_ours"] is True
+    for metric in ("ttft", "queue", "prefill", "e2e"):
+        assert names[f"{metric}_agrees_with_histogram"] is True, metric
+    assert summary["join"]["by_source"] == {"otlp": 40}
+    assert summary["join"]["rows"] == {"otlp": 42}
+    assert summary["join"]["unmatched_rows"] == {}
+    assert summary["join"]["not_ok"] == summary["join"]["not_ok_joined"] == 0
+    assert summary["untold"] == []
+
+
+def test_decode_by_both_clocks(saturated):
+    summary, planted = saturated
+    (decode,) = summary["decode"]
+    expected = np.array(planted.decode[2:]) / (np.array(planted.tokens[2:]) - 1)
+
+    assert decode["server"]["mean"] == pytest.approx(expected.mean())
+    assert decode["difference"]["mean"] == pytest.approx(decode["client"]["mean"] - decode["server"]["mean"])
+    assert decode["words"].startswith("Decode: ")
+
+
+def test_in_band_alone_leaves_template_and_tokenizing_in_one_bar(made):
+    _, summary, _ = made
+    (waterfall,) = summary["waterfall"]
+
+    assert waterfall["bars"][3]["label"] == "HTTP, template, tokenize and delivery"
+    assert "--otlp-traces-endpoint" in summary["untold"][0]
+    assert summary["stages"] == []
+
+
+def test_spans_of_a_stage_tell_what_it_adds(tmp_path):
+    planted = make_run(tmp_path / "r", requests=20, spans=True, gateway=0.05)
+    inside = np.array(planted.ttft[2:]) + planted.decode[2:]
+
+    summary = summarise(twoclocks.load_run(tmp_path / "r"))
+
+    steps = {(step["metric"], step["outer"], step["inner"]): step for step in summary["stages"]}
+    inner = steps["e2e", "gateway", "server"]
+    assert inner["between"] == pytest.approx(0.05)
+    assert inner["inner_mean"] == pytest.approx(inside.mean())
+    assert (inner["how"], inner["n"]) == ("request by request", 20)
+    assert ("e2e", "client", "gateway") in steps
+    assert "E2E between gateway and server" in terminal.to_text(terminal.render(summary))
+
+
+def test_a_stage_with_a_histogram_alone_is_compared_by_means_and_says_so(tmp_path):
+    planted = make_run(tmp_path / "r", requests=20)
+    folder = tmp_path / "r"
+    with (folder / "experiment.yaml").open("a") as file:
+        file.write("target: {server: vllm, stages: [{name: gw, metrics_url: 'http://gw/m', histogram: gw_seconds}]}\n")
+    lines = []
+    for at, count in ((1.8, 100), (40.0, 120)):
+        samples = [["gw_seconds_sum", {}, 0.3 * count], ["gw_seconds_count", {}, count]]
+        lines.append({"url": "http://gw/m", "at": at, "until": at, "samples": samples, "error": None})
+    with (folder / "server_samples.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+    run = twoclocks.load_run(folder)
+    outer, inner = summarise(run)["stages"]
+
+    assert outer["between"] == pytest.approx(run.ok["ttft"].mean() - 0.3)
+    assert inner["between"] == pytest.approx(0.3 - np.mean(planted.ttft[2:]))
+    assert inner["how"].startswith("means over the window")
+
+
+def test_spans_of_strangers_are_told(tmp_path):
+    make_run(tmp_path / "r", requests=20, spans=True)
+    path = tmp_path / "r" / "server_requests.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    foreign = json.loads(lines[0]) | {"request_id": "f" * 32, "trace_id": "f" * 32}
+    path.write_text("".join([*lines, json.dumps(foreign) + "\n"]))
+
+    found = check(summarise(twoclocks.load_run(tmp_path / "r")), "server_rows_ours")
+
+    assert found["passed"] is False
+    assert "1 spans of requests that are not among this run's" in found["text"]
+
+
+def test_a_server_that_tells_of_no_single_request_is_cut_up_by_its_means(tmp_path):
+    planted = make_run(tmp_path / "r", requests=40)
+    path = tmp_path / "r" / "requests.jsonl"
+    lines = [json.loads(line) | {"server": None} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    summary = summarise(twoclocks.load_run(tmp_path / "r"))
+
+    window, single = summary["waterfall"]
+    bars = {bar["name"]: bar for bar in window["bars"]}
+    assert (window["source"], window["how"], window["n"]) == ("/metrics", "means over the scraped window", 40)
+    assert bars["queue"]["mean"] == pytest.approx(np.mean(planted.queue[2:]))
+    assert bars["prefill"]["mean"] == pytest.approx(np.mean(planted.prefill[2:]))
+    assert bars["http+delivery"]["mean"] == pytest.approx(0.004 - 0.0002)
+    assert bars["total"]["mean"] == pytest.approx(single["bars"][-1]["mean"])
+    assert bars["queue"]["p99"] is None
+    assert "One observation a finished request" in bars["queue"]["definition"]
+    assert len(single["bars"]) == 5  # late, connect, send, all the rest, total
+    assert any("--enable-per-request-metrics" in line for line in summary["untold"])
+    assert "means over the scraped window" in terminal.to_text(terminal.render(summary))
+
+
+def test_means_that_tell_of_others_too_are_not_cut_up(tmp_path):
+    make_run(tmp_path / "r", requests=40)
+    path = tmp_path / "r" / "requests.jsonl"
+    lines = [json.loads(line) | {"server": None} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[:-5]))
+
+    assert [one["source"] for one in summarise(twoclocks.load_run(tmp_path / "r"))["waterfall"]] == [None]
+
+
+def test_the_pages_of_a_stage_are_no_traffic_of_the_server(tmp_path):
+    make_run(tmp_path / "r", requests=20)
+    folder = tmp_path / "r"
+    lines = [json.loads(line) for line in (folder / "server_samples.jsonl").read_text().splitlines()]
+    copies = [json.dumps(line | {"url": "http://gw/m"}) + "\n" for line in lines]
+    with (folder / "server_samples.jsonl").open("a") as file:
+        file.write("".join(copies))
+    with (folder / "experiment.yaml").open("a") as file:
+        file.write("target: {server: vllm, stages: [{name: gw, metrics_url: ['http://gw/m']}]}\n")
+
+    summary = summarise(twoclocks.load_run(folder))
+
+    assert check(summary, "only_our_traffic")["passed"] is True
+    assert row(summary, "server_window", "ttft")["server_n"] == 20
+
+
+@pytest.mark.parametrize(
+    ("told", "metrics"),
+    [
+        ({"prompt_ms": 20.0, "predicted_n": 10, "predicted_ms": 90.0}, {"prefill", "tpot"}),
+        ({"x-total-time": "500", "x-validation-time": "1", "x-queue-time": "2", "x-inference-time": "497",
+          "x-time-per-token": "40"}, {"e2e", "validation", "queue", "inference", "time_per_token"}),
+        ({"first_token_latency": 0.03, "queue_time": 0.001, "e2e_latency": 0.5, "forward_entry_time": 100.0,
+          "prefill_finished_time": 100.02, "decode_throughput": 50.0},
+         {"ttft", "tpot", "e2e", "tokenize", "queue", "prefill"}),
+    ],
+)  # fmt: skip
+def test_what_other_servers_tell_in_their_answers_is_shown_with_its_definition(tmp_path, told, metrics):
+    make_run(tmp_path / "r", requests=10, server="silent")
+    path = tmp_path / "r" / "requests.jsonl"
+    lines = [json.loads(line) | {"server": told} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    summary = summarise(twoclocks.load_run(tmp_path / "r"))
+    text = terminal.to_text(terminal.render(summary))
+
+    assert {r["metric"] for r in summary["client_vs_server"]} == metrics
+    assert all("One value a request" in r["server_definition"] for r in summary["client_vs_server"])
+    assert "…" not in text
+    json.dumps(summary, allow_nan=False)
+
+
+def test_absurd_times_of_a_server_break_nothing(tmp_path):
+    make_run(tmp_path / "r", requests=12)
+    path = tmp_path / "r" / "requests.jsonl"
+    hostile = [
+        {"queue_time_ms": 1e300, "time_to_first_token_ms": 1},
+        {"queue_time_ms": 9e11, "time_to_first_token_ms": 1},
+    ]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line | {"server": hostile[n % 2]}) + "\n" for n, line in enumerate(lines)))
+
+    report.build(tmp_path / "r")
+
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["verdict"]["level"] == "INVALID"
+    assert check(summary, "waterfall_not_negative")["passed"] is False

@@ -7,6 +7,7 @@ import pytest
 from make_run import make_run, record, write_folder
 
 from twoclocks.load import load_run
+from twoclocks.server_requests import ServerRequest, encode_server_request
 from twoclocks.verdict import verdict
 
 IN_BAND = {"queue_time_ms": 1, "time_to_first_token_ms": 9}
@@ -65,7 +66,7 @@ def test_a_flawless_run_is_valid(tmp_path):
         ("stall", {}, {"lag": 0.3}, "", "SUSPECT"),
         ("late_sends", {"intended_at": lambda i: 0.05 * i - 0.02}, {}, "", "SUSPECT"),
         ("nothing_ok", {"status": "error", "error_kind": "http_500"}, {}, "", "INVALID"),
-        ("prefix_cache", {"cached_tokens": 6}, {}, "", "SUSPECT"),
+        ("prefix_cache", {"cached_tokens": 6, "prompt_id": lambda i: f"p{i}"}, {}, "", "SUSPECT"),
         ("short_outputs", {"max_tokens": 9}, {}, "workload: {ignore_eos: true}", "SUSPECT"),
         ("short_outputs", {"expected_output_tokens": 9}, {}, "", "SUSPECT"),
         ("missing_workers", {}, {}, "", "INVALID"),
@@ -80,6 +81,78 @@ def test_what_is_planted_is_found_and_nothing_else(tmp_path, name, fields, sampl
     told, found = reasons(tmp_path, plain(**fields), [second(at, **samples) for at in range(1, 10)], experiment, **meta)
 
     assert (told, list(found)) == (level, [name])
+
+
+@pytest.mark.parametrize("name", ["prompt_id", "session"])
+def test_what_the_run_itself_repeats_may_come_from_the_cache(tmp_path, name):
+    fields = {"cached_tokens": lambda i: 6 if i >= 20 else 0, "prompt_id": lambda i: f"p{i}"}
+
+    assert reasons(tmp_path, plain(**fields | {name: lambda i: f"r{i % 20}"}))[0] == "VALID"
+
+
+def test_cache_hits_beyond_all_repeated_prompts_are_seen_in_the_counters(tmp_path):
+    for number, (hits, level) in enumerate(((1000, "VALID"), (1500, "SUSPECT"))):
+        folder = tmp_path / str(number)
+        pages(folder, {"vllm:prefix_cache_hits_total": hits})
+        told, found = reasons(folder, plain(prompt_id=lambda i: f"p{i % 100}"))  # 100 of 200 prompts of 10 tokens
+
+        assert told == level
+        if found:
+            assert found["prefix_cache"]["figure"] == pytest.approx(500 / 2000)
+
+
+def test_preemptions_are_seen_in_the_counter(tmp_path):
+    pages(tmp_path, {"vllm:num_preemptions_total": 7})
+    told, found = reasons(tmp_path, plain())
+
+    assert (told, found["preemptions"]["figure"]) == ("SUSPECT", 7)
+
+
+def spans(folder, count, **told):
+    """A span of each of the requests 0 .. count - 1, in which the server has TTFT 90 ms."""
+    folder.mkdir(exist_ok=True)
+    given = {"queue": 0.02, "prefill": 0.05, "ttft": 0.09} | told
+    rows = [
+        ServerRequest(source="otlp", server="vllm", request_id=f"{number:032x}", **given) for number in range(count)
+    ]
+    (folder / "server_requests.jsonl").write_bytes(b"".join(map(encode_server_request, rows)))
+
+
+@pytest.mark.parametrize(("count", "level"), [(200, "VALID"), (202, "VALID"), (206, "SUSPECT"), (260, "INVALID")])
+def test_spans_of_others_are_seen(tmp_path, count, level):
+    spans(tmp_path, count)
+    told, found = reasons(tmp_path, plain())
+
+    assert told == level
+    if found:
+        assert found["foreign_spans"]["figure"] == pytest.approx((count - 200) / count)
+
+
+def test_spans_of_others_that_were_left_out_as_they_came_count(tmp_path):
+    spans(tmp_path, 200)
+
+    assert reasons(tmp_path, plain(), foreign_spans=50)[1]["foreign_spans"]["figure"] == pytest.approx(0.2)
+
+
+def test_a_log_that_reaches_back_to_earlier_runs_tells_of_no_strangers(tmp_path):
+    line = "Request {} finished: prefill_len = 1 decode_len = 8 start_time = 0.01 end_time = 0.2\n"
+    (tmp_path / "server.log").write_text("".join(line.format(f"{number:032x}") for number in range(400)))
+
+    assert reasons(tmp_path, plain())[0] == "VALID"
+
+
+def test_spans_of_what_a_kill_cut_off_are_no_strangers(tmp_path):
+    spans(tmp_path, 260)
+
+    assert list(reasons(tmp_path, plain(), status="running")[1]) == ["killed"]
+
+
+@pytest.mark.parametrize(("queue_ms", "found"), [(20.9, []), (22.0, ["sources_disagree"])])
+def test_two_sources_that_tell_one_queue_differently(tmp_path, queue_ms, found):
+    spans(tmp_path, 200)
+    server = {"queue_time_ms": queue_ms, "time_to_first_token_ms": 50}
+
+    assert list(reasons(tmp_path, plain(server=server))[1]) == found
 
 
 def test_kernel_stamps_hide_a_late_loop_as_long_as_no_reads_merge(tmp_path):
@@ -139,6 +212,24 @@ def counters(folder, first_tokens, falls=False):
     lines[0]["types"] = {"vllm:time_to_first_token_seconds": "histogram"}
     folder.mkdir(exist_ok=True)
     (folder / "server_samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def pages(folder, risen):
+    """Two scrapes between which each of these counters rose by so much."""
+    lines = []
+    for at, share in ((-1.0, 0), (11.0, 1)):
+        samples = [[name, {}, 30 + share * rise] for name, rise in risen.items()]
+        lines.append({"url": "u", "at": at, "until": at, "samples": samples, "error": None})
+    lines[0]["types"] = {name.removesuffix("_total"): "counter" for name in risen}
+    folder.mkdir(exist_ok=True)
+    (folder / "server_samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(("finished", "level"), [(200, "VALID"), (210, "SUSPECT"), (400, "INVALID")])
+def test_without_a_histogram_of_first_tokens_whole_answers_are_counted(tmp_path, finished, level):
+    pages(tmp_path, {"tgi_request_success_total": finished})
+
+    assert reasons(tmp_path, plain())[0] == level
 
 
 @pytest.mark.parametrize(

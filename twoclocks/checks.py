@@ -1,25 +1,38 @@
 """Checks: what two independent clocks and counters say of one run, held against each other, in words."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from twoclocks import expositions
-from twoclocks.join import reasons
+from twoclocks.clocks import CLOCKS
+from twoclocks.join import NOT_OURS, SOURCES, TOLD_TWICE, reasons
 from twoclocks.load import Run
+from twoclocks.waterfall import ROUNDING_S, Waterfall
 
 Found = tuple[str, bool | None, str]  # name, passed (None: could not be told), text
+SAME_MEAN = 0.01
+"""Share by which the means of the same requests may differ between two ways of telling them."""
+SAME_S = 0.001
+"""By how much two sources may differ over one duration of one request, where SAME_MEAN of it is less."""
 
 
-def checks(run: Run) -> list[dict[str, Any]]:
+def checks(run: Run, waterfalls: Sequence[Waterfall] = ()) -> list[dict[str, Any]]:
     """What can be held against each other in this run: name, passed (None: could not be told), text."""
     found = [_all_joined(run.ok), _not_before_server(run.ok), _same_counts(run.ok)]
+    optional = (_rows_joined(run), _parts_not_negative(waterfalls), _sources_agree(run.ok), _cache_as_planned(run))
+    found += [check for check in optional if check is not None]
     if run.scrapes:
         found += [
             _scraped(run),
             _same_tokens(run, "output_tokens", "generation_tokens", "output"),
             _same_tokens(run, "prompt_tokens", "prompt_tokens", "prompt"),
             _same_traffic(run),
+            *_same_as_histogram(run),
         ]
     return [{"name": name, "passed": passed, "text": text} for name, passed, text in found]
 
@@ -31,13 +44,181 @@ def joined(ok: pd.DataFrame) -> dict[str, Any]:
         "ok": len(ok),
         "joined": len(sources),
         "sources": sorted(set(sources)),
+        "by_source": {source: int(count) for source, count in sources.value_counts().items()},
         "unjoined": reasons(ok["server_unmatched"]),
+        "split": int((ok["server_children"] > 1).sum()),  # n > 1: the server made several requests of one
     }
 
 
+def server_inside(rows: pd.DataFrame) -> pd.Series:
+    """The least time that the server says it had a request before its first token, seconds; NaN where it says nothing.
+
+    Its TTFT where it tells one, else what it tells of validation, queue and prefill.
+    """
+    parts = rows[["server_validation", "server_queue", "server_prefill"]].astype(np.float64).sum(axis=1, min_count=1)
+    inside: pd.Series = rows["server_ttft"].fillna(parts)
+    return inside
+
+
+@dataclass(frozen=True, slots=True)
+class CacheHits:
+    """Shares of all prompt tokens that came from the server's prefix cache."""
+
+    share: float
+    unexplained: float  # in requests whose prompt, or whose session, this run had not sent before
+
+
+def cache_hits(run: Run) -> CacheHits | None:
+    """What the prefix cache answered, and how much of it the workload's own repetition does not explain.
+
+    A prompt that was sent before (to warm up, too), or a later turn of a session, may be in the cache as a whole; in
+    any other request a hit can only be a beginning that prompts share, or what others sent. Exact where the server
+    says it of each request; from its counters what goes beyond all repeated prompts. None where it says nothing.
+    """
+    rows = run.requests.sort_values("sent_at", kind="stable")
+    repeated = rows.duplicated("prompt_id") | (rows["session"].notna() & rows.duplicated("session"))
+    cached = rows["cached_tokens"].fillna(rows["server_cached_tokens"]).reindex(run.ok.index)
+    known = run.ok[cached.notna() & run.ok["prompt_tokens"].notna()]
+    total = float(known["prompt_tokens"].sum())
+    if total:
+        new = ~repeated.reindex(known.index)
+        hits = cached.reindex(known.index)
+        return CacheHits(float(hits.sum()) / total, float(hits[new].sum()) / total)
+    risen = expositions.counter_delta(run.scrapes, run.first_scrapes, "cached_tokens") if run.scrapes else None
+    total = float(run.scraped["prompt_tokens"].sum())
+    if risen is None or not total:
+        return None
+    explained = float(run.scraped["prompt_tokens"][repeated.reindex(run.scraped.index)].sum())
+    return CacheHits(risen / total, max(0.0, risen - explained) / total)
+
+
+@dataclass(frozen=True, slots=True)
+class Disagreement:
+    """One duration of the same requests, as two sources tell it."""
+
+    metric: str
+    sources: tuple[str, str]
+    requests: int
+    off: int  # requests in which they differ by more than SAME_S and SAME_MEAN
+    worst: float  # largest difference, seconds
+
+
+def disagreements(rows: pd.DataFrame) -> list[Disagreement]:
+    """Each duration that two sources tell of the same requests by the same clock."""
+    found = []
+    for one, other in combinations(SOURCES, 2):
+        for server in rows["server_kind"].dropna().unique():
+            clocks, others = CLOCKS.get((one, server), {}), CLOCKS.get((other, server), {})
+            for metric in clocks.keys() & others.keys():
+                names = [f"{source.replace('-', '_')}_{metric}" for source in (one, other)]
+                same = (clocks[metric].start, clocks[metric].stop) == (others[metric].start, others[metric].stop)
+                if not same or not set(names) <= set(rows):
+                    continue
+                pair = rows.loc[rows["server_kind"] == server, names].dropna()
+                apart = (pair[names[0]] - pair[names[1]]).abs()
+                off = int((apart > np.maximum(SAME_S, SAME_MEAN * pair.max(axis=1))).sum())
+                if len(pair):
+                    found.append(Disagreement(metric, (one, other), len(pair), off, float(apart.max())))
+    return sorted(found, key=lambda one: (-one.off, one.metric))
+
+
+def foreign_spans(run: Run) -> tuple[int, int]:
+    """Spans of requests that this run did not send, those that were left out at once among them; of how many.
+
+    Log lines do not count: a log may reach back to earlier runs.
+    """
+    left_out = int(run.meta.get("foreign_spans") or 0)
+    return run.unmatched_rows.get(NOT_OURS, 0) + left_out, run.rows.get("otlp", 0) + left_out
+
+
+def _rows_joined(run: Run) -> Found | None:
+    """Spans and log lines on the server's side that found no request."""
+    foreign, spans = foreign_spans(run)
+    if not run.rows and not spans:
+        return None
+    told = " and ".join(f"{count:,} from {source}" for source, count in run.rows.items())
+    left = "; ".join(f"{count:,} {why}" for why, count in run.unmatched_rows.items())
+    twice = int((run.requests["server_unmatched"] == TOLD_TWICE).sum())
+    text = f"The server told of requests in {sum(run.rows.values()):,} rows ({told}); left over: {left or 'none'}."
+    if run.meta.get("foreign_spans"):
+        text += f" {run.meta['foreign_spans']:,} spans of others were left out as they came."
+    if twice:
+        text += f" Of {twice} requests it told twice, differently; they are not joined with those rows."
+    return "server_rows_ours", not foreign and not twice, text
+
+
+def _parts_not_negative(waterfalls: Sequence[Waterfall]) -> Found | None:
+    bars = [bar for waterfall in waterfalls if not waterfall.is_window for bar in waterfall.bars]
+    below = [bar for bar in bars if float(bar.seconds.min()) < -ROUNDING_S]
+    name = "waterfall_not_negative"
+    if not bars:
+        return None
+    if not below:
+        return name, True, "No part of any request's waterfall is negative."
+    told = "; ".join(
+        f"{bar.label} in {int((bar.seconds < -ROUNDING_S).sum())} requests, down to {bar.seconds.min() * 1e3:,.2f} ms"
+        for bar in below
+    )
+    return name, False, f"Negative parts of the waterfall, shown as they are: {told}."
+
+
+def _sources_agree(ok: pd.DataFrame) -> Found | None:
+    pairs = disagreements(ok)
+    if not pairs:
+        return None
+    off = [pair for pair in pairs if pair.off]
+    compared = ", ".join(sorted({pair.metric for pair in pairs}))
+    sources = " and ".join(sorted({source for pair in pairs for source in pair.sources}))
+    limit = f"{SAME_S * 1e3:g} ms or {SAME_MEAN:.0%}"
+    if not off:
+        return "sources_agree", True, f"{sources} agree on {compared} of each request, within {limit}."
+    told = "; ".join(
+        f"{pair.metric} of {pair.off} in {pair.requests} requests, by up to {pair.worst * 1e3:,.2f} ms" for pair in off
+    )
+    return "sources_agree", False, f"{sources} disagree by more than {limit}: {told}."
+
+
+def _cache_as_planned(run: Run) -> Found | None:
+    hits = cache_hits(run)
+    if hits is None:
+        return None
+    text = f"The server answered {hits.share:.1%} of the prompt tokens from its prefix cache"
+    if not hits.share:
+        return "prefix_cache", True, f"{text}."
+    rest = f"{hits.unexplained:.1%} in prompts that this run had not sent before (a common beginning, or a warm cache)"
+    return "prefix_cache", hits.unexplained <= CACHED_SHARE, f"{text}; {rest}."
+
+
+CACHED_SHARE = 0.2
+"""Of prompt tokens, in prompts sent for the first time. A chat template's common beginning stays below."""
+
+
+def _same_as_histogram(run: Run) -> list[Found]:
+    """The server's own histograms against what it said of the same requests one by one."""
+    found: list[Found] = []
+    rows = run.scraped
+    for metric in ("ttft", "queue", "prefill", "decode", "e2e"):
+        told = rows[rows["server_kind"] == "vllm"]
+        if metric in ("ttft", "e2e"):  # in-band these are sums without template and tokenizing
+            told = told[told["server_source"] == "otlp"]
+        values = told[f"server_{metric}"].dropna()
+        gained = expositions.histogram_delta(run.scrapes, run.first_scrapes, metric) if len(values) else None
+        if gained is None or not gained.count:
+            continue
+        mean = float(values.mean())
+        same = gained.count == len(values) and abs(gained.mean - mean) <= max(SAME_MEAN * gained.mean, 1e-4)
+        name = metric.upper() if metric in ("ttft", "e2e") else metric
+        text = (
+            f"Server {name}: its histogram gained {gained.count:,.0f} with a mean of {gained.mean * 1e3:,.2f} ms; "
+            f"request by request it told {len(values):,} with a mean of {mean * 1e3:,.2f} ms."
+        )
+        found.append((f"{metric}_agrees_with_histogram", same, text))
+    return found
+
+
 def _scraped(run: Run) -> Found:
-    failed = sum(len(scrapes.failed) for scrapes in run.scrapes)
-    total = failed + sum(len(scrapes.at) for scrapes in run.scrapes)
+    failed = sum(len(scrapes.failed) for scrapes in run.all_scrapes)
+    total = failed + sum(len(scrapes.at) for scrapes in run.all_scrapes)
     if any(
         expositions.restarted(scrapes, first) for scrapes, first in zip(run.scrapes, run.first_scrapes, strict=True)
     ):
@@ -47,7 +228,7 @@ def _scraped(run: Run) -> Found:
             "A server restarted during the run (its counters fell): its /metrics tell nothing of the whole.",
         )
     if failed:
-        why = next(text for scrapes in run.scrapes for _, text in scrapes.failed)
+        why = next(text for scrapes in run.all_scrapes for _, text in scrapes.failed)
         return "scrapes", False, f"{failed} of {total} scrapes of /metrics failed ({why})."
     return "scrapes", True, f"All {total} scrapes of /metrics succeeded, and no server restarted."
 
@@ -72,9 +253,10 @@ def _all_joined(ok: pd.DataFrame) -> Found:
 
 
 def _not_before_server(ok: pd.DataFrame) -> Found:
-    inside = ok["server_ttft"].fillna(ok["server_queue"])
-    part = "queue + prefill" if ok["server_ttft"].notna().any() else "queue"
-    margin = (ok["ttft"] - inside).dropna()
+    margin = (ok["ttft"] - server_inside(ok)).dropna()
+    told = ok["server_source"].eq("otlp").any() and ok["server_ttft"].notna().any()
+    parts = [part for part in ("validation", "queue", "prefill") if ok[f"server_{part}"].notna().any()]
+    part = "TTFT" if told else " + ".join(parts)
     name = "client_after_server"
     if margin.empty:
         return name, None, "The server told no request's queue or prefill time: client TTFT cannot be held against it."
@@ -125,13 +307,37 @@ def _same_tokens(run: Run, column: str, counter: str, word: str) -> Found:
     return name, same, text
 
 
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """How many requests the server answered over the scraped window, and how many of them we know of."""
+
+    answered: float
+    ours: int
+    unseen: int  # requests of ours that may have been answered without our seeing it: cut off, failed
+    what: str  # what was counted
+
+
+def traffic(run: Run) -> Traffic | None:
+    """First tokens by the server's histograms; where it has none, finished requests. None if neither was read."""
+    told = expositions.histogram_deltas(run.scrapes, run.first_scrapes, "ttft")
+    if any(gained.since_restart for gained in told):
+        return None
+    unseen = int((run.scraped["status"] != "ok").sum())
+    if told:
+        ours = int(run.scraped["got_token"].sum())
+        return Traffic(sum(gained.count for gained in told), ours, unseen, "first tokens")
+    finished = expositions.counter_delta(run.scrapes, run.first_scrapes, "requests")
+    if finished is None:
+        return None
+    return Traffic(finished, int((run.scraped["status"] == "ok").sum()), unseen, "whole answers")
+
+
 def _same_traffic(run: Run) -> Found:
-    gained = expositions.histogram_delta(run.scrapes, run.first_scrapes, "ttft")
+    told = traffic(run)
     name = "only_our_traffic"
-    if gained is None:
+    if told is None:
         return name, None, "The server's count of answered requests was not read (absent, or it restarted)."
-    ours = int(run.scraped["got_token"].sum())
-    text = f"The server gave {gained.count:,.0f} first tokens while the client received {ours:,}."
-    if gained.count > ours:
+    text = f"The server gave {told.answered:,.0f} {told.what} while the client received {told.ours:,}."
+    if told.answered > told.ours:
         text += " Others used the server too, requests ran with n > 1, or some were cut off."
-    return name, gained.count == ours, text
+    return name, told.answered == told.ours, text

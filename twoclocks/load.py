@@ -21,9 +21,12 @@ import yaml
 from twoclocks import metrics
 from twoclocks.errors import RunFolderError
 from twoclocks.expositions import Scrapes, label_text, quiet_scrape, read_scrapes
-from twoclocks.join import join
+from twoclocks.join import TEXT_COLUMNS, Joined, join
+from twoclocks.log_files import read_log_files
 from twoclocks.metrics import Chunks, Floats
 from twoclocks.record import TOKEN_KINDS, Kind, Record, read_records
+from twoclocks.server_logs import log_requests
+from twoclocks.server_requests import read_server_requests
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -46,6 +49,8 @@ class Run:
     experiment: dict[str, Any]  # experiment.yaml
     requests: pd.DataFrame  # one row a request: the record's fields, the metrics, the server's timings
     arrivals: Chunks  # the same chunks as ``chunks``, as arrays
+    rows: dict[str, int]  # source -> requests that servers told of in spans and logs
+    unmatched_rows: dict[str, int]  # those that joined no request of ours: why -> how many
     short_name: str | None = None  # given where several runs stand side by side
 
     @property
@@ -74,21 +79,29 @@ class Run:
         )
 
     @cached_property
-    def scrapes(self) -> list[Scrapes]:
-        """The scrapes of /metrics, an entry a URL."""
+    def all_scrapes(self) -> list[Scrapes]:
+        """The scrapes of the server's /metrics and of those of its stages, an entry a URL."""
         return read_scrapes(self.path / "server_samples.jsonl")
+
+    @cached_property
+    def scrapes(self) -> list[Scrapes]:
+        """The scrapes of the server's own /metrics, an entry a URL."""
+        of_stages = {url for urls in stage_urls(self.experiment).values() for url in urls}
+        return [scrapes for scrapes in self.all_scrapes if scrapes.url not in of_stages]
 
     @cached_property
     def server_samples(self) -> pd.DataFrame:
         """One row a sample of every good scrape: at, series, labels, value, url. Unchanged values are filled in."""
-        parts = [_samples(scrapes) for scrapes in self.scrapes]
+        parts = [_samples(scrapes) for scrapes in self.all_scrapes]
         empty = pd.DataFrame({name: [] for name in ("at", "series", "labels", "value", "url")})
         return pd.concat(parts, ignore_index=True) if parts else empty
 
     @cached_property
     def self_samples(self) -> pd.DataFrame:
         """One row a second and process of the load generator: at, worker, loop_lag_s (a list), cpu_s, wall_s, ..."""
-        columns = ("at", "worker", "pid", "loop_lag_s", "cpu_s", "loop_cpu_s", "wall_s", "rss_mb", "open_file_limit")
+        columns = (
+            "at", "worker", "pid", "reader", "loop_lag_s", "cpu_s", "loop_cpu_s", "wall_s", "rss_mb", "open_file_limit"
+        )  # fmt: skip
         rows = _json_lines(self.path / "self_samples.jsonl")
         return pd.DataFrame({name: [row.get(name) for row in rows] for name in columns})
 
@@ -124,8 +137,12 @@ class Run:
     @cached_property
     def first_scrapes(self) -> list[int]:
         """For each URL, the row of the scrape from which its counters are read: the warm-up left out if it can be."""
+        return [self.first_scrape(scrapes) for scrapes in self.scrapes]
+
+    def first_scrape(self, scrapes: Scrapes) -> int:
+        """The row of the scrape from which one URL's counters are read."""
         sent_at, ended_at = self.requests["sent_at"].to_numpy(), self.requests["ended_at"].to_numpy()
-        return [quiet_scrape(scrapes, self.window[0], sent_at, ended_at) for scrapes in self.scrapes]
+        return quiet_scrape(scrapes, self.window[0], sent_at, ended_at)
 
     @property
     def scraped(self) -> pd.DataFrame:
@@ -148,7 +165,10 @@ def load_run(path: str | Path) -> Run:
         raise RunFolderError(f"{folder}: no such run folder; give the folder that a run printed, such as output/NAME")
     meta = _meta(folder)
     records, arrivals, lists = _read(folder / "requests.jsonl")
-    return Run(folder, meta, _experiment(folder), _requests(records, arrivals, lists, folder / "server.log"), arrivals)
+    experiment = _experiment(folder)
+    frame = _requests(records, arrivals, lists)
+    joined = _join(folder, frame, stage_names(experiment))
+    return Run(folder, meta, experiment, frame, arrivals, joined.rows, joined.unmatched_rows)
 
 
 def _meta(folder: Path) -> dict[str, Any]:
@@ -221,7 +241,7 @@ def _columns(records: Sequence[Record], path: Path, first_row: int) -> list[Any]
         for name, length in expected.items():
             if length != count:
                 raise RunFolderError(f"{path} line {row}: {name} tells of {length} chunks, chunk_us of {count}")
-    request = np.repeat(np.arange(len(records)), counts)
+    request = np.repeat(np.arange(len(records), dtype=np.int32), counts)
     micros = np.fromiter(chain.from_iterable(r.chunk_us for r in records), dtype=np.int64, count=int(counts.sum()))
     elapsed = np.cumsum(micros)
     starts = np.cumsum(counts) - counts
@@ -238,10 +258,10 @@ def _columns(records: Sequence[Record], path: Path, first_row: int) -> list[Any]
             choice[start : start + count] = _expand(record.chunk_choice)
     tokens[np.isnan(tokens) & ~is_token] = 0.0  # no text and no count: no token
     at = sent_at[request] + (elapsed - before[request]) / 1e6
-    return [request + first_row, at, tokens, kind, is_token, choice, micros, counts]
+    return [request + np.int32(first_row), at, tokens, kind, is_token, choice, micros, counts]
 
 
-def _requests(records: Sequence[Record], arrivals: Chunks, lists: _Lists, log: Path) -> pd.DataFrame:
+def _requests(records: Sequence[Record], arrivals: Chunks, lists: _Lists) -> pd.DataFrame:
     frame = pd.DataFrame(
         {
             name: pd.Series([getattr(r, name) for r in records], dtype=object)
@@ -263,9 +283,8 @@ def _requests(records: Sequence[Record], arrivals: Chunks, lists: _Lists, log: P
     frame["tpot"], frame["tpot_estimated"] = metrics.tpot(arrivals, output_tokens)
     frame["e2e"] = metrics.e2e(arrivals, sent_at)
     gaps = metrics.chunk_gaps(arrivals)
-    by_request = pd.Series(gaps.seconds).groupby(gaps.request)
-    frame["itl_mean"] = by_request.mean().reindex(frame.index)
-    frame["itl_max"] = by_request.max().reindex(frame.index)
+    frame["itl_mean"], frame["itl_max"] = metrics.mean_and_max(gaps, len(frame))
+    del gaps  # of a long run they are gigabytes
     frame["e2e_per_token"] = metrics.e2e_per_token(frame["e2e"].to_numpy(), output_tokens)
     frame["latency_from_intended"] = metrics.last_token_at(arrivals, len(frame)) - frame["intended_at"]
     frame["ttft_from_intended"] = frame["ttft"] + frame["sent_at"] - frame["intended_at"]
@@ -273,11 +292,31 @@ def _requests(records: Sequence[Record], arrivals: Chunks, lists: _Lists, log: P
     # tokens without text (a part of a character, the end token) come in empty and finish chunks, and count too
     frame["chunk_token_sum"] = np.bincount(arrivals.request, weights=arrivals.tokens, minlength=len(frame))
     frame["got_token"] = frame["ttft"].notna() | (frame["output_tokens"] > 0)
-    ids, in_band = [record.request_id for record in records], [record.server for record in records]
-    for name, values in join(ids, in_band, output_tokens.tolist(), _log(log)).items():
-        text = name in ("server_source", "server_unmatched")
-        frame[name] = pd.Series(values, index=frame.index, dtype=object if text else np.float64)
     return frame
+
+
+def _join(folder: Path, frame: pd.DataFrame, stages: Sequence[str]) -> Joined:
+    """Put what servers told of each request beside it."""
+    rows = chain(read_server_requests(folder / "server_requests.jsonl"), log_requests(read_log_files(folder)))
+    joined = join(list(frame["request_id"]), list(frame["server"]), frame["output_tokens"].tolist(), rows, stages)
+    columns = {
+        name: pd.Series(values, index=frame.index, dtype=object if name in TEXT_COLUMNS else np.float64)
+        for name, values in joined.columns.items()
+    }
+    frame[list(columns)] = pd.DataFrame(columns, index=frame.index)
+    return joined
+
+
+def stage_names(experiment: dict[str, Any]) -> list[str]:
+    """The names of target.stages, the outermost first."""
+    return list(stage_urls(experiment))
+
+
+def stage_urls(experiment: dict[str, Any]) -> dict[str, list[str]]:
+    """The /metrics of each of target.stages, by its name, the outermost first."""
+    stages = (experiment.get("target") or {}).get("stages") or []
+    urls = {stage["name"]: stage.get("metrics_url") or "none" for stage in stages}
+    return {name: [told] if isinstance(told, str) else told for name, told in urls.items()}
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -295,15 +334,6 @@ def _views(column: Any, counts: Any) -> list[Any]:
     """Each request's part of a column over all chunks; no copies."""
     ends = np.cumsum(counts)
     return [column[end - count : end] for end, count in zip(ends.tolist(), counts.tolist(), strict=True)]
-
-
-def _log(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise RunFolderError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _samples(scrapes: Scrapes) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Rows = NDArray[np.int32]
 Bools = NDArray[np.bool_]
 
 
@@ -21,7 +22,7 @@ Bools = NDArray[np.bool_]
 class Chunks:
     """Every chunk of every request, as parallel arrays in arrival order inside a request."""
 
-    request: Ints  # row number of the chunk's request, ascending
+    request: Rows  # row number of the chunk's request, ascending
     at: Floats  # arrival on the run's clock
     tokens: Floats  # NaN where unknown
     kind: NDArray[np.int8]  # index into load.KINDS
@@ -33,7 +34,7 @@ class Chunks:
 class Gaps:
     """Gaps between successive token chunks of one choice of one request, as parallel arrays."""
 
-    request: Ints
+    request: Rows
     seconds: Floats
     tokens: Floats  # of the later chunk; NaN where unknown
 
@@ -172,14 +173,30 @@ def _ratio(above: Floats, below: Floats) -> Floats:
     return np.asarray(np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0))
 
 
-def _first(request: Ints, at: Floats, requests: int) -> Floats:
+def _first(request: Rows, at: Floats, requests: int) -> Floats:
     first = np.full(requests, np.nan)
-    rows, index = np.unique(request, return_index=True)
-    first[rows] = at[index]
+    starts = _starts(request)
+    first[request[starts]] = at[starts]
     return first
 
 
-def _streams(chunks: Chunks) -> tuple[Ints, Floats, Floats, Bools]:
+def _starts(request: Rows) -> Ints:
+    """Where a new request begins in an ascending column."""
+    return np.flatnonzero(np.diff(request, prepend=np.int32(-1)))
+
+
+def mean_and_max(gaps: Gaps, requests: int) -> tuple[Floats, Floats]:
+    """ITL mean and ITL max = mean and largest of a request's chunk gaps; NaN for a request without one."""
+    mean, largest = np.full(requests, np.nan), np.full(requests, np.nan)
+    starts = _starts(gaps.request)
+    if len(starts):
+        rows, counts = gaps.request[starts], np.diff(starts, append=len(gaps.request))
+        mean[rows] = np.add.reduceat(gaps.seconds, starts) / counts
+        largest[rows] = np.maximum.reduceat(gaps.seconds, starts)
+    return mean, largest
+
+
+def _streams(chunks: Chunks) -> tuple[Rows, Floats, Floats, Bools]:
     """Token chunks ordered by request, choice, arrival; and where a new (request, choice) begins."""
     request, choice = chunks.request[chunks.is_token], chunks.choice[chunks.is_token]
     order = np.lexsort((choice, request)) if choice.any() else slice(None)

@@ -15,11 +15,13 @@ from twoclocks import terminal
 from twoclocks.errors import RunFolderError, plain
 from twoclocks.load import Run, load_run
 from twoclocks.plots import timeline, violins
-from twoclocks.summary import summarise
+from twoclocks.summary import cut_up, summarise
 from twoclocks.vllm_bench import vllm_bench
+from twoclocks.waterfall_plot import waterfall_plot
 
 VIOLIN = Path("plots") / "client_vs_server_violin.png"
 TIMELINE = Path("plots") / "timeline.png"
+WATERFALL = Path("plots") / "waterfall.png"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def build(folder: str | Path, progress: Callable[[str], None] = lambda _: None) 
         progress("drawing the plots")
         violins([run], run.path / VIOLIN, heading(run))
         timeline(run, run.path / TIMELINE)
+        waterfall_plot(*cut_up(run), run.path / WATERFALL, heading(run))
         html = run.path / "report.html"
         html.write_text(_html(run, summary), encoding="utf-8")
     except OSError as error:
@@ -76,6 +79,10 @@ def page(template: str, **values: Any) -> str:
         plain=plain,
         instrument=terminal.instrument,
         resolved=terminal.resolved,
+        told_by=terminal.told_by,
+        metric_name=terminal.metric_name,
+        stage_words=terminal.stage_words,
+        add_up=terminal.ADD_UP,
         plain_lines=lambda text: "\n".join(plain(line) for line in text.splitlines()),
         short=terminal.SHORT,
         labels=terminal.LABELS,
@@ -114,6 +121,7 @@ def _html(run: Run, summary: dict[str, Any]) -> str:
         cards=_cards(figures),
         violin=picture(run.path / VIOLIN),
         timeline=picture(run.path / TIMELINE),
+        waterfall=picture(run.path / WATERFALL),
         setting=_setting(meta),
         experiment=experiment.read_text(encoding="utf-8") if experiment.exists() else "",
     )

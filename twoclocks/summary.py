@@ -6,6 +6,7 @@ definition, and each of the server's figures says what starts and stops its cloc
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,34 +15,36 @@ import pandas as pd
 from twoclocks import __version__, expositions, metrics
 from twoclocks.calibration import Calibration, calibration_of, error_bars
 from twoclocks.checks import checks, joined
-from twoclocks.expositions import HISTOGRAMS
-from twoclocks.join import DEFINITIONS
-from twoclocks.load import Run
+from twoclocks.clocks import CLOCKS, METRICS, PAGE, SILENCES, silences
+from twoclocks.expositions import Scrapes
+from twoclocks.load import Run, stage_names, stage_urls
 from twoclocks.metrics import Floats, definition
+from twoclocks.scraped import SAME_TRAFFIC, server_window
 from twoclocks.verdict import verdict
+from twoclocks.waterfall import (
+    Decode,
+    Waterfall,
+    bar_rows,
+    decodes,
+    dominant,
+    parting,
+    stacks,
+    waterfalls,
+    window_waterfall,
+)
 
 PERCENTILES = (50, 95, 99)
 UNSEEN = "Not seen from outside; part of the client's TTFT. Server: "
-
-WHAT_DIFFERS: dict[tuple[str, str], str] = {
-    ("in-band", "ttft"): "Both hold queue and prefill; the client's also HTTP, chat template, tokenizing before them "
-    "and detokenizing and delivery after",
-    ("in-band", "tpot"): "The same formula: the client stamps a chunk's arrival, the server the sampling of a token",
-    ("in-band", "e2e"): "The client's also holds HTTP, template and tokenizing before the queue, and delivery",
-    ("in-band", "queue"): UNSEEN + DEFINITIONS["in-band"]["queue"],
-    ("in-band", "prefill"): UNSEEN + DEFINITIONS["in-band"]["prefill"],
-    ("log", "e2e"): "The client's also holds HTTP, template and tokenizing before the engine, and delivery after it",
-    ("log", "queue"): UNSEEN + DEFINITIONS["log"]["queue"],
-}
+BESIDE = ("ttft", "tpot", "e2e", "tokenize", "validation", "queue", "prefill", "inference", "time_per_token")
+"""What is shown of single requests, in this order. Decode is the TPOT's numerator, and left to it."""
 SLO_SHARE = 0.99
 """Share of the measured requests that must meet the SLO where an experiment does not say."""
-SAME_TRAFFIC = 0.01
-"""Largest share by which the numbers of observations may differ for a difference between two means to be shown."""
 
 
 def summarise(run: Run) -> dict[str, Any]:
     """Every figure of a run; the keys are those of summary.json."""
     calibration = calibration_of(run)
+    cut, tpots = cut_up(run)
     summary = {
         "twoclocks_version": __version__,
         "run": run.name,
@@ -55,15 +58,52 @@ def summarise(run: Run) -> dict[str, Any]:
         "window": {"started_at": run.window[0], "ended_at": run.window[1], "unit": "s", "definition": "run's clock"},
         "figures": _figures(run),
         "errors": _errors(run.measured),
-        "join": joined(run.ok),
+        "join": joined(run.ok) | _left_over(run),
         "instrument": _instrument(calibration),
         "client_vs_server": client_vs_server(run.ok, error_bars(calibration) if calibration else {}),
+        "waterfall": [_waterfall(one) for one in cut],
+        "decode": [_decode(one) for one in tpots],
+        "stages": _stages(run),
+        "untold": _untold(run),
         "scraped": _scraped(run),
         "server_window": server_window(run),
-        "checks": checks(run),
+        "checks": checks(run, cut),
     }
     cleaned: dict[str, Any] = _clean(summary)
     return cleaned
+
+
+def cut_up(run: Run) -> tuple[list[Waterfall], list[Decode]]:
+    """Where the time of the measured requests that ended ok went: until the first token, and a token after it.
+
+    Where the server tells nothing of single requests, its means over the scraped window come first, if it has any.
+    """
+    table = {str(name): column.to_numpy() for name, column in run.ok.items()}
+    made = waterfalls(table, stage_names(run.experiment))
+    if made and made[0].source is None and (window := _window_waterfall(run)) is not None:
+        made.insert(0, window)
+    return made, decodes(table)
+
+
+def _window_waterfall(run: Run) -> Waterfall | None:
+    """From the means of the server's histograms, if they tell of our requests and of nobody else's."""
+    seen = run.scraped[run.scraped["got_token"]]
+    told = {
+        metric: gained
+        for metric in ("ttft", "validation", "queue", "prefill")
+        if (gained := expositions.histogram_delta(run.scrapes, run.first_scrapes, metric)) is not None
+        and abs(gained.count - len(seen)) <= SAME_TRAFFIC * len(seen)
+    }
+    servers = {name.partition(":")[0].partition("_")[0] for gained in told.values() for name in gained.names}
+    if len(servers) != 1 or not servers <= {"vllm", "sglang", "tgi"}:
+        return None
+    means = {metric: gained.mean for metric, gained in told.items()}
+    texts = {metric: gained.definition for metric, gained in told.items()}
+    if servers == {"vllm"} and {"ttft", "queue", "prefill"} <= means.keys():
+        means["tokenize"] = means["ttft"] - means["queue"] - means["prefill"]
+        texts["tokenize"] = CLOCKS["otlp", "vllm"]["tokenize"].text.replace("span TTFT", "mean TTFT")
+    table = {str(name): column.to_numpy() for name, column in seen.items()}
+    return window_waterfall(table, servers.pop(), means, texts)
 
 
 def distribution(values: Floats) -> dict[str, Any]:
@@ -83,18 +123,17 @@ def client_vs_server(ok: pd.DataFrame, error_bars: Mapping[str, float] | None = 
     """
     bars = error_bars or {}
     rows: list[dict[str, Any]] = []
-    for source, told in ok[ok["server_source"].notna()].groupby("server_source"):
-        for metric, meaning in DEFINITIONS[str(source)].items():
-            what_differs = WHAT_DIFFERS.get((str(source), metric))
-            if what_differs is None:
-                continue
+    for (source, server), told in ok.groupby(["server_source", "server_kind"]):
+        clocks = CLOCKS[str(source), str(server)]
+        for metric in (metric for metric in BESIDE if metric in clocks):
+            clock = clocks[metric]
             on_server = told[f"server_{metric}"].to_numpy(dtype=np.float64)
-            on_client = told[metric].to_numpy(dtype=np.float64) if metric in told else None
+            on_client = told[metric].to_numpy(dtype=np.float64) if clock.differs else None
             both = ~np.isnan(on_server) if on_client is None else ~(np.isnan(on_server) | np.isnan(on_client))
             if not both.any():
                 continue
             for statistic, reduce in (("mean", np.mean), ("p50", np.median)):
-                server = float(reduce(on_server[both]))
+                inside = float(reduce(on_server[both]))
                 client = None if on_client is None else float(reduce(on_client[both]))
                 rows.append(
                     {
@@ -103,61 +142,17 @@ def client_vs_server(ok: pd.DataFrame, error_bars: Mapping[str, float] | None = 
                         "unit": "s",
                         "n": int(both.sum()),
                         "client": client,
-                        "server": server,
-                        "difference": None if client is None else client - server,
+                        "server": inside,
+                        "difference": None if client is None else client - inside,
                         "resolved": None
                         if client is None or metric not in bars
-                        else abs(client - server) > bars[metric],
+                        else abs(client - inside) > bars[metric],
                         "source": source,
-                        "what_differs": what_differs,
-                        "server_definition": meaning,
+                        "told_by": server,
+                        "what_differs": clock.differs or UNSEEN + clock.text,
+                        "server_definition": clock.text,
                     }
                 )
-    return rows
-
-
-def server_window(run: Run) -> list[dict[str, Any]]:
-    """The server's histograms over the scraped window, beside the client's mean of the same window.
-
-    Not the same requests one by one: whatever else the server answered is in its figures, so that no difference is
-    given where the numbers of observations disagree by more than SAME_TRAFFIC.
-    """
-    seen = run.scraped
-    finished = seen[seen["status"] == "ok"]
-    gaps = metrics.chunk_gaps(run.arrivals)
-    on_client: dict[str, tuple[Floats, str]] = {
-        "ttft": (seen["ttft"].to_numpy(), definition(metrics.ttft)),
-        "itl": (gaps.seconds[np.isin(gaps.request, seen.index)], definition(metrics.chunk_gaps)),
-        "tpot": (finished["tpot"].to_numpy(), definition(metrics.tpot)),
-        "e2e": (finished["e2e"].to_numpy(), definition(metrics.e2e)),
-    }
-    rows: list[dict[str, Any]] = []
-    for metric, (_, meaning) in HISTOGRAMS.items():
-        gained = expositions.histogram_delta(run.scrapes, run.first_scrapes, metric)
-        if gained is None or not gained.count:
-            continue
-        values, client_meaning = on_client.get(metric, (np.array([]), "not seen from outside"))
-        client = distribution(values)
-        comparable = client["n"] > 0 and abs(gained.count - client["n"]) <= SAME_TRAFFIC * client["n"]
-        row = {
-            "metric": metric,
-            "unit": "s",
-            "client_n": client["n"],
-            "client_mean": client.get("mean"),
-            "server_n": int(gained.count),
-            "server_mean": gained.mean,
-            "difference": client["mean"] - gained.mean if comparable else None,
-            "client_definition": client_meaning,
-            "server_definition": meaning,
-        }
-        for p in PERCENTILES:
-            interval = gained.percentile(p / 100)
-            row[f"server_p{p}"] = interval and {
-                "lower": interval.lower,
-                "estimate": interval.estimate,
-                "upper": interval.upper if math.isfinite(interval.upper) else None,
-            }
-        rows.append(row)
     return rows
 
 
@@ -242,6 +237,110 @@ def _instrument(calibration: Calibration | None) -> dict[str, Any] | None:
         "reader": calibration.reader,
         "made_at_unix": calibration.made_at_unix,
     }
+
+
+def _left_over(run: Run) -> dict[str, Any]:
+    """What servers told in spans and logs, what of it joined nothing, and the requests that did not end ok."""
+    rest = run.measured[run.measured["status"] != "ok"]
+    told = {"not_ok": len(rest), "not_ok_joined": int(rest["server_source"].notna().sum())}
+    return told | {"rows": run.rows, "unmatched_rows": run.unmatched_rows}
+
+
+def _waterfall(waterfall: Waterfall) -> dict[str, Any]:
+    """Where the time until the first token went, of the requests that ended ok."""
+    return {
+        "source": waterfall.source,
+        "told_by": waterfall.server,
+        "n": len(waterfall.rows),
+        "how": "means over the scraped window" if waterfall.is_window else "request by request",
+        "unit": "s",
+        "bars": bar_rows(waterfall),
+        "stacks": stacks(waterfall),
+        "words": dominant(waterfall),
+    }
+
+
+def _decode(decode: Decode) -> dict[str, Any]:
+    """Time per output token by both clocks, of the same requests."""
+    return {
+        "source": decode.source,
+        "told_by": decode.server,
+        "unit": "s",
+        "client": distribution(decode.client),
+        "server": distribution(decode.on_server),
+        "difference": distribution(decode.client - decode.on_server),
+        "client_definition": definition(metrics.tpot),
+        "server_definition": decode.definition,
+        "words": parting(decode),
+    }
+
+
+def _stages(run: Run) -> list[dict[str, Any]]:
+    """The time between neighbours on the way from the client to the server, the outermost first.
+
+    Request by request where both tell of single requests; else the difference of their means over the window.
+    """
+    names = stage_names(run.experiment)
+    if not names:
+        return []
+    ok = run.ok
+    means = {stage["name"]: _stage_mean(run, stage) for stage in run.experiment["target"]["stages"]}
+    server = expositions.histogram_delta(run.scrapes, run.first_scrapes, "ttft")
+    means["server"] = server.mean if server is not None and server.count else None
+    rows: list[dict[str, Any]] = []
+    places = ["client", *names, "server"]
+    for measure in ("ttft", "e2e"):
+        columns = [measure, *(f"stage_{name}_{measure}" for name in names), f"server_{measure}"]
+        for (outer, outer_column), (inner, inner_column) in pairwise(zip(places, columns, strict=True)):
+            pair = ok[[outer_column, inner_column]].dropna().to_numpy(dtype=np.float64)
+            one: float | None
+            other: float | None
+            if len(pair):
+                how, count, (one, other) = "request by request", len(pair), pair.mean(axis=0)
+            elif measure == "ttft":
+                how, count = "means over the window, not the same requests one by one", None
+                one = float(ok["ttft"].mean()) if outer == "client" else means[outer]
+                other = means[inner]
+            else:
+                continue
+            if one is None or other is None or math.isnan(one):
+                continue
+            rows.append(
+                {
+                    "outer": outer, "inner": inner, "metric": measure, "unit": "s", "n": count,
+                    "outer_mean": one, "inner_mean": other, "between": one - other, "how": how,
+                }
+            )  # fmt: skip
+    return rows
+
+
+def _stage_mean(run: Run, stage: Mapping[str, Any]) -> float | None:
+    """Mean of a stage's histogram over the window, seconds; None if it was not read or the stage restarted."""
+    urls, name = stage_urls(run.experiment)[stage["name"]], stage.get("histogram")
+    total = count = 0.0
+    for scrapes in run.all_scrapes:
+        first = run.first_scrape(scrapes)
+        if scrapes.url in urls and name and len(scrapes.at) > first:
+            if expositions.restarted(scrapes, first):
+                return None
+            total += _risen(scrapes, first, f"{name}_sum")
+            count += _risen(scrapes, first, f"{name}_count")
+    return total / count if count else None
+
+
+def _risen(scrapes: Scrapes, first: int, name: str) -> float:
+    columns = scrapes.columns.get(name, [])
+    ends = np.nan_to_num(scrapes.values[[first, -1]][:, columns])
+    return float((ends[1] - ends[0]).sum())
+
+
+def _untold(run: Run) -> list[str]:
+    """What this server does not tell, and how to start it so that it does."""
+    kind = (run.experiment.get("target") or run.meta.get("target") or {}).get("server")
+    if kind not in SILENCES or run.ok.empty:
+        return []
+    told = {metric for metric in METRICS if run.ok[f"server_{metric}"].notna().any()}
+    return silences(kind, told | ({PAGE} if any(len(scrapes.at) for scrapes in run.scrapes) else set()))
 
 
 def _slo(run: Run) -> dict[str, Any] | None:

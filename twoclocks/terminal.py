@@ -22,7 +22,10 @@ LABELS = {
     "tpot": "Time per output token (TPOT)",
     "e2e": "Request duration (E2E)",
 }
-SHORT = {"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "E2E"} | {n: n for n in ("queue", "prefill", "decode")}
+SHORT = {
+    "ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "E2E", "time_per_token": "time per token",
+    "tokenize": "template, tokenize",
+} | {name: name for name in ("validation", "queue", "prefill", "decode", "inference")}  # fmt: skip
 
 
 def number(value: float | None, unit: str) -> str:
@@ -68,6 +71,11 @@ def render(summary: dict[str, Any]) -> RenderableType:
     parts += [_verdict(summary), _totals(summary), _latencies(summary)]
     if summary["client_vs_server"]:
         parts.append(_client_vs_server(summary["client_vs_server"]))
+    parts += [_waterfall(one) for one in summary["waterfall"]]
+    if summary["decode"] or summary["stages"]:
+        parts.append(_parting(summary["decode"], summary["stages"]))
+    if summary["untold"]:
+        parts.append(_bullets("What this server does not tell", map(Text, summary["untold"])))
     if summary["server_window"]:
         parts.append(_server_window(summary["server_window"], summary["scraped"]))
     parts += [_bullets("Checks", _check_lines(summary["checks"]))]
@@ -168,8 +176,8 @@ def _latencies(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _client_vs_server(rows: list[dict[str, Any]]) -> Table:
-    sources = ", ".join(dict.fromkeys(row["source"] for row in rows))
+def _client_vs_server(rows: list[dict[str, Any]]) -> RenderableType:
+    sources = ", ".join(dict.fromkeys(told_by(row) for row in rows))
     title = f"Logged by tool and by server: the same requests, one by one ({sources}), in ms"
     table = Table(title=title, title_style="bold", title_justify="left", show_edge=False, pad_edge=False)
     for heading in ("metric", "n", "tool", "server", "difference"):
@@ -181,7 +189,51 @@ def _client_vs_server(rows: list[dict[str, Any]]) -> Table:
         values[-1] += resolved(row)
         name, last = f"{SHORT[row['metric']]} {row['statistic']}", row["statistic"] == "p50"
         table.add_row(name, f"{row['n']:,}", *values, told, end_section=last)
-    return table
+    clocks = {(row["metric"], told_by(row)): row["server_definition"] for row in rows if row["client"] is not None}
+    lines = (Text.assemble((f"{SHORT[metric]} ({who}): ", "bold"), text) for (metric, who), text in clocks.items())
+    return Group(table, _bullets("The server's clock, of single requests", lines))
+
+
+def told_by(row: dict[str, Any]) -> str:
+    """Whose words a figure of the server is, and how they came."""
+    return f"{row['source']}, {row['told_by']}" if row["source"] else "the server tells nothing of these"
+
+
+def _waterfall(waterfall: dict[str, Any]) -> RenderableType:
+    """A row a part; parts whose mean is the whole's, percentiles each one's own."""
+    who = f"{waterfall['n']:,} requests, {waterfall['how']} ({told_by(waterfall)})"
+    title = f"Where the time to the first token went: {who}, in ms"
+    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("part", min_width=30)
+    for heading in ("mean", "share", "p50", "p95", "p99", "negative in"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for bar in waterfall["bars"]:
+        values = [number(bar[key], "s") for key in ("p50", "p95", "p99")]
+        below = f"{bar['negative']:,} (to {number(bar['least'], 's')})" if bar["negative"] else ""
+        table.add_row(plain(bar["label"]), number(bar["mean"], "s"), number(bar["share"], "share"), *values, below)
+    clocks = (
+        Text.assemble((f"{plain(bar['label'])}: ", "bold"), plain(bar["definition"]), ".") for bar in waterfall["bars"]
+    )
+    remark = Text(ADD_UP, style="dim")
+    return Group(table, Text(plain(waterfall["words"]), style="bold"), remark, _bullets("The parts", clocks))
+
+
+ADD_UP = "Means add up to the mean of the whole; percentiles are each part's own and do not add up."
+
+
+def _parting(decodes: list[dict[str, Any]], stages: list[dict[str, Any]]) -> RenderableType:
+    """Where client and server part after the first token, and what lies between neighbouring stages."""
+    lines = [Text(f"{one['words']} ({told_by(one)}; {one['client']['n']:,} requests)") for one in decodes]
+    lines += [Text(plain(stage_words(row))) for row in stages]
+    return _bullets("Where client and server part", lines)
+
+
+def stage_words(row: dict[str, Any]) -> str:
+    """One step between neighbouring stages."""
+    count = f", {row['n']:,} requests" if row["n"] is not None else ""
+    means = f"{number(row['outer_mean'], 's')} - {number(row['inner_mean'], 's')}"
+    between = f"between {row['outer']} and {row['inner']}"
+    return f"{SHORT[row['metric']]} {between}: {means} = {number(row['between'], 's')} ms ({row['how']}{count})."
 
 
 def scraped_span(scraped: dict[str, Any]) -> str:
@@ -189,6 +241,11 @@ def scraped_span(scraped: dict[str, Any]) -> str:
     warmup = f", {scraped['warmup']} of them to warm up" if scraped["warmup"] else ", none of them to warm up"
     span = f"second {scraped['from']:.1f} to {scraped['until']:.1f} of the run"
     return f"Both sides: {span}, in which the tool sent {scraped['requests']:,} requests{warmup}."
+
+
+def metric_name(row: dict[str, Any]) -> str:
+    """A short name of what a histogram of the server tells."""
+    return SHORT.get(row["metric"]) or str(row["title"])
 
 
 def _server_window(rows: list[dict[str, Any]], scraped: dict[str, Any]) -> RenderableType:
@@ -201,7 +258,7 @@ def _server_window(rows: list[dict[str, Any]], scraped: dict[str, Any]) -> Rende
         table.add_column(f"server p{p}", no_wrap=True)
     for row in rows:
         table.add_row(
-            f"{SHORT[row['metric']]} mean",
+            f"{metric_name(row)} mean",
             f"{row['client_n']:,}" if row["client_n"] else "–",
             number(row["client_mean"], "s"),
             f"{row['server_n']:,}",
@@ -212,7 +269,8 @@ def _server_window(rows: list[dict[str, Any]], scraped: dict[str, Any]) -> Rende
     remarks = [scraped_span(scraped), "Percentiles are read from buckets: lower .. upper bound (~estimate)."]
     if any(row["client_n"] and row["difference"] is None for row in rows):
         remarks.append("No difference where the two sides do not have the same number of observations.")
-    clocks = (Text.assemble((f"{SHORT[row['metric']]}: ", "bold"), row["server_definition"], ".") for row in rows)
+    remarks += dict.fromkeys(plain(caveat).rstrip(".") + "." for row in rows for caveat in row["caveats"])
+    clocks = (Text.assemble((f"{metric_name(row)}: ", "bold"), row["server_definition"], ".") for row in rows)
     return Group(table, Text(" ".join(remarks), style="dim"), _bullets("The server's clock", clocks))
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from twoclocks import expositions, metrics
+from twoclocks import checks, expositions, metrics
+from twoclocks.checks import CACHED_SHARE
 from twoclocks.load import Run
 
 Level = Literal["SUSPECT", "INVALID"]
@@ -141,36 +142,52 @@ def _restarted(run: Run) -> Reason | None:
 
 
 def _foreign_traffic(run: Run) -> Reason | None:
-    """The server gave more first tokens than we received: others had a share of it."""
-    gained = expositions.histogram_delta(run.scrapes, run.first_scrapes, "ttft") if run.scrapes else None
-    ours = int(run.scraped["got_token"].sum())
-    if gained is None or gained.count <= ours:
+    """The server gave more answers than we received: others had a share of it."""
+    told = checks.traffic(run) if run.scrapes else None
+    if told is None or told.answered <= told.ours:
         return None
     # a request that we cut off may have had its first token on the way; n > 1 counts each choice
-    unseen = int((run.scraped["status"] != "ok").sum())
-    share = (gained.count - ours - unseen) / gained.count
+    share = (told.answered - told.ours - told.unseen) / told.answered
     if share <= FOREIGN_SHARE or _is_n(run):
         return None
-    text = f"{share:.1%} of the {gained.count:.0f} requests that the server answered were not ours"
+    text = f"{share:.1%} of the {told.answered:.0f} requests that the server answered were not ours"
     level: Level = "INVALID" if share > 10 * FOREIGN_SHARE else "SUSPECT"
     return Reason(level, "foreign_traffic", text, share, "keep others from the server while it is measured")
 
 
-def _prefix_cache(run: Run) -> Reason | None:
-    """Prompts that the server has seen before are answered from its cache, and TTFT is that of the cache."""
-    known = run.ok[run.ok["cached_tokens"].notna()]
-    total = known["prompt_tokens"].sum()
-    share = float(known["cached_tokens"].sum() / total) if total else 0.0
-    if share <= CACHED_SHARE:
+def _foreign_spans(run: Run) -> Reason | None:
+    """Spans with an id that is not ours: others had a share of the server. Of a killed run some are our own."""
+    foreign, told = checks.foreign_spans(run)
+    if foreign <= FEW_SPANS or foreign / told <= FOREIGN_SHARE or run.meta.get("status") == "running":
         return None
-    text = f"{share:.0%} of the prompt tokens came from the server's prefix cache"
-    return Reason(
-        "SUSPECT",
-        "prefix_cache",
-        text,
-        share,
-        "use more different prompts than the run sends, or say that reuse is the point",
+    share = foreign / told
+    text = f"{share:.1%} of the {told} requests that the server told of in spans were not ours"
+    level: Level = "INVALID" if share > 10 * FOREIGN_SHARE else "SUSPECT"
+    return Reason(level, "foreign_spans", text, share, "keep others from the server while it is measured")
+
+
+def _preempted(run: Run) -> Reason | None:
+    """A preempted request loses its KV cache and is computed anew: its gaps show a full cache, not the model."""
+    risen = expositions.counter_delta(run.scrapes, run.first_scrapes, "preemptions") if run.scrapes else None
+    if not risen:
+        return None
+    text = f"the server preempted running requests {risen:.0f} times, as its KV cache was full"
+    return Reason("SUSPECT", "preemptions", text, risen, "use fewer users, or give the server more KV cache")
+
+
+def _prefix_cache(run: Run) -> Reason | None:
+    """Prompts that the server knows from elsewhere are answered from its cache, and TTFT is that of the cache."""
+    hits = checks.cache_hits(run)
+    if hits is None or hits.unexplained <= CACHED_SHARE:
+        return None
+    text = (
+        f"{hits.unexplained:.0%} of the prompt tokens came from the server's prefix cache although this run had not "
+        "sent these prompts before"
     )
+    return Reason(
+        "SUSPECT", "prefix_cache", text, hits.unexplained,
+        "restart the server or empty its cache before a run, or make prompts differ from their beginning on",
+    )  # fmt: skip
 
 
 def _short_outputs(run: Run) -> Reason | None:
@@ -212,8 +229,7 @@ def _too_few(run: Run) -> Reason | None:
 
 def _before_server(run: Run) -> Reason | None:
     """The client cannot have a token before the server has made it; if so a join or a clock is wrong."""
-    inside = run.ok["server_ttft"].fillna(run.ok["server_queue"])
-    margin = (run.ok["ttft"] - inside).dropna()
+    margin = (run.ok["ttft"] - checks.server_inside(run.ok)).dropna()
     early = margin[margin < -CLOCK_S]
     if early.empty:
         return None
@@ -222,6 +238,19 @@ def _before_server(run: Run) -> Reason | None:
     text = f"{len(early)} of {len(margin)} first tokens came up to {worst:.1f} ms before the server made them"
     level: Level = "INVALID" if share > 0.01 else "SUSPECT"
     return Reason(level, "before_server", text, share, "report this: a join or a clock is wrong")
+
+
+def _sources_disagree(run: Run) -> Reason | None:
+    """Two ways in which the server tells the same duration: where they differ, one is joined or read wrongly."""
+    worst = next(iter(checks.disagreements(run.ok)), None)
+    if worst is None or worst.off / worst.requests <= 0.01:
+        return None
+    share = worst.off / worst.requests
+    text = (
+        f"{' and '.join(worst.sources)} disagree over the server's {worst.metric} in {share:.0%} of the requests, "
+        f"by up to {worst.worst * 1e3:.1f} ms"
+    )
+    return Reason("SUSPECT", "sources_disagree", text, share, "report this: a join or a definition is wrong")
 
 
 def _tokens_disagree(run: Run) -> Reason | None:
@@ -270,7 +299,8 @@ def _unfinished(run: Run) -> Reason | None:
 
 
 RULES: tuple[Callable[[Run], Reason | None], ...] = (
-    _nothing_ok, _lost, _missing_workers, _restarted, _foreign_traffic, _before_server, _loop_lag, _cpu, _stall,
+    _nothing_ok, _lost, _missing_workers, _restarted, _foreign_traffic, _foreign_spans, _before_server,
+    _sources_disagree, _preempted, _loop_lag, _cpu, _stall,
     _late_sends, _file_limit,
     _drift, _prefix_cache, _short_outputs, _tokens_disagree, _unjoined, _too_few, _unfinished,
 )  # fmt: skip
@@ -281,7 +311,7 @@ STALL_S = 0.1  # several gaps of any server; scheduling alone stays far below
 LATE_SEND_S = 0.005
 SPARE_FILES = 64  # for what else a process has open
 FOREIGN_SHARE = 0.01
-CACHED_SHARE = 0.2  # a chat template's common beginning stays below
+FEW_SPANS = 2  # a probe before the run may be told of, too
 MIN_FOR_P99 = 100
 MIN_FOR_DRIFT = 20
 DRIFT_SHARE, DRIFT_P = 0.2, 0.01
