@@ -283,6 +283,7 @@ def measure(client: Client, load: Load, server_core: int, client_core: int) -> d
             job = Job(load, url, folder, body)
             environment = {"BENCH_BODY": str(body), "BENCH_OUT": str(folder / "rows.bin"), **client.environment}
             with (folder / "client.log").open("wb") as out:
+                started_ns = time.monotonic_ns()
                 process = subprocess.Popen(
                     client.command(job),
                     cwd=ROOT,
@@ -307,7 +308,9 @@ def measure(client: Client, load: Load, server_core: int, client_core: int) -> d
         except (OSError, ValueError) as error:
             last = (folder / "client.log").read_text(errors="replace").strip().splitlines()[-1:]
             return row | {"failure": f"{error}; it said: {' '.join(last)}"}
-        return row | told | figures(log, samples, streams, load) | machine(before, after, log, samples, elapsed_s)
+        startup = {"startup_s": (int(log.arrived_ns.min()) - started_ns) / 1e9} if len(log.arrived_ns) else {}
+        host = machine(before, after, log, samples, elapsed_s)
+        return row | told | figures(log, samples, streams, load) | startup | host
 
 
 def request_body(load: Load) -> dict[str, Any]:
@@ -382,6 +385,7 @@ COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("stamps", lambda row: row["stamps"]),
     ("merged reads", lambda row: "–" if row["merged"] is None else f"{row['merged']:,}"),
     ("kB/stream", lambda row: f"{row['kb_per_stream']:.0f}" if row.get("kb_per_stream") is not None else "–"),
+    ("start-up, s", lambda row: f"{row['startup_s']:.2f}"),
     ("server late p99 / max, ms", lambda row: errors(row["server_lateness"], ("p99", "max"))),
     ("others, cores", lambda row: f"{row['others_cores']:.2f}" + (" DISTURBED" if disturbed(row) else "")),
     ("steal", lambda row: f"{row['steal_share']:.1%}"),

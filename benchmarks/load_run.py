@@ -18,16 +18,17 @@ import numpy as np
 
 from twoclocks.record import Record, encode_record
 
-CHUNKS_A_REQUEST = 128
+CHUNKS_A_REQUEST = 211
+"""The mean answer, in tokens, of the conversation trace in Azure's AzureLLMInferenceTrace of 2023."""
 
 
 def write(folder: Path, chunks: int) -> int:
-    """Records of 128 chunks with gaps around 20 ms; their size in bytes."""
+    """Records of CHUNKS_A_REQUEST chunks with gaps around 20 ms; their size in bytes."""
     rng = np.random.default_rng(1)
     with (folder / "requests.jsonl").open("wb") as file:
-        for number in range(chunks // CHUNKS_A_REQUEST):
-            at = number * 0.001
-            gaps = rng.normal(20_000, 3_000, CHUNKS_A_REQUEST + 1).astype(int)
+        for number in range(chunks // (CHUNKS_A_REQUEST + 2)):
+            at = round(number * 0.001234567, 6)
+            gaps = rng.normal(20_000, 3_000, CHUNKS_A_REQUEST + 2).astype(int)
             record = Record(
                 request_id=f"{number:032x}",
                 target="vllm",
@@ -36,12 +37,13 @@ def write(folder: Path, chunks: int) -> int:
                 worker=0,
                 phase="measure",
                 intended_at=at,
-                sent_at=at,
-                written_at=at,
-                first_byte_at=at,
-                ended_at=at + 2.6,
+                sent_at=round(at + 0.000012, 6),
+                written_at=round(at + 0.00002, 6),
+                first_byte_at=round(at + 0.1, 6),
+                ended_at=round(at + 4.32, 6),
                 chunk_us=gaps.tolist(),
-                chunk_kinds=[("content", CHUNKS_A_REQUEST), ("usage", 1)],
+                chunk_kinds=[("role", 1), ("content", CHUNKS_A_REQUEST), ("usage", 1)],
+                max_tokens=CHUNKS_A_REQUEST,
                 timestamp_source="kernel",
                 prompt_tokens=100,
                 output_tokens=CHUNKS_A_REQUEST,
@@ -51,7 +53,7 @@ def write(folder: Path, chunks: int) -> int:
                 status="ok",
             )
             file.write(encode_record(record))
-    window = {"started_at": 0.0, "ended_at": chunks / CHUNKS_A_REQUEST * 0.001 + 3}
+    window = {"started_at": 0.0, "ended_at": chunks / CHUNKS_A_REQUEST * 0.0013 + 5}
     (folder / "run.json").write_text(json.dumps({"status": "finished", "window": window}))
     return (folder / "requests.jsonl").stat().st_size
 

@@ -242,7 +242,7 @@ def _record(
             tokens = [None if kind in TOKEN_KINDS else 0 for kind in stream.kinds]
 
     def at(ns: int | None) -> float | None:
-        return None if ns is None else (ns - origin.zero_ns) / 1e9
+        return None if ns is None else round((ns - origin.zero_ns) / 1e9, 6)
 
     return Record(
         request_id=plan.request_id,
@@ -253,13 +253,13 @@ def _record(
         user=origin.user,
         worker=origin.worker,
         phase=phase,
-        intended_at=(intended_ns - origin.zero_ns) / 1e9,
+        intended_at=round((intended_ns - origin.zero_ns) / 1e9, 6),
         connect_started_at=at(exchange.connect_started_ns),
         connected_at=at(exchange.connected_ns),
         sent_at=at(exchange.sent_ns),
         written_at=at(exchange.written_ns),
         first_byte_at=at(exchange.first_byte_ns),
-        ended_at=(exchange.ended_ns - origin.zero_ns) / 1e9,
+        ended_at=round((exchange.ended_ns - origin.zero_ns) / 1e9, 6),
         chunk_us=_gaps_us(exchange.sent_ns or 0, stream.arrived_ns),
         chunk_tokens=tokens,
         chunk_kinds=run_lengths(stream.kinds),

@@ -26,6 +26,7 @@ PAUSE_NS = 5000
 wake-up serves many reads: at 500 streams of 50 tokens/s the reader's CPU fell from 8.3 to 3.6 us a token. Reads of
 evenly paced streams merge only beyond 200,000 tokens a second in all. The cost: chunks that a server writes in a burst
 shorter than the rest share the burst's last stamp, and the word that a response has ended comes that much later."""
+MAX_PAUSE_NS = 2_000_000  # as in _native.c
 READABLE = 1  # libev's EV_READ
 
 

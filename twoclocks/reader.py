@@ -5,10 +5,12 @@ A reader belongs to one process and to the hub of the thread that made it, so it
 at import: Locust's --processes forks.
 """
 
+import itertools
 import os
 import socket
 import ssl
 import struct
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -33,7 +35,8 @@ READABLE = 1  # libev's EV_READ
 MAX_STAMP_AGE_NS = 60 * 10**9
 _sleep = gevent.monkey.get_original("time", "sleep")
 _TIMESPEC = struct.Struct("@ll")
-_CONTROL_BYTES = socket.CMSG_SPACE(_TIMESPEC.size) if hasattr(socket, "CMSG_SPACE") else 0
+_timespec, _wall_ns, _now_ns = _TIMESPEC.unpack_from, time.time_ns, time.monotonic_ns
+_CONTROL_BYTES = socket.CMSG_SPACE(_TIMESPEC.size) if sys.platform == "linux" else 0
 
 
 def reader_name(endpoint: Endpoint) -> Literal["native", "python"]:
@@ -57,7 +60,7 @@ class PythonReader:
         self._loop = gevent.get_hub().loop
         self._streams: set[_Stream] = set()
         self._ended: deque[_Stream] = deque()
-        self._stamped = False  # did the kernel stamp the read before?
+        self._unstamped = 0  # streams whose reads the kernel does not stamp
         self._wake = self._loop.timer(0)
         self._sweep = self._loop.timer(SWEEP_S, SWEEP_S)
         self._before_polling = self._loop.prepare()
@@ -66,14 +69,22 @@ class PythonReader:
         """A client.Receive, for TLS too. A greenlet that is killed gets what had come, as "cancelled"."""
         sock.settimeout(0)
         watcher = self._loop.io(sock.fileno(), READABLE)
-        stream = _Stream(sock, watcher, total_ns, first_token_ns, idle_ns)
+
+        def over(stream: _Stream) -> None:
+            watcher.stop()
+            self._ended.append(stream)
+            if not self._wake.active:
+                self._wake.start(self._wake_next)
+
+        stream = _Stream(sock, total_ns, first_token_ns, idle_ns, over)
+        self._unstamped += not stream.is_stamped
         if not self._streams:
             self._sweep.start(self._end_overdue)
             self._before_polling.start(self._rest)
         self._streams.add(stream)
-        watcher.start(self._read, stream)
+        watcher.start(stream.read)
         try:
-            self._read(stream)  # under TLS the first bytes may lie in the library already
+            stream.read()  # under TLS the first bytes may lie in the library already
             while not stream.why:
                 stream.waiter.get()
         except GreenletExit:
@@ -81,6 +92,7 @@ class PythonReader:
         finally:
             watcher.stop()
             watcher.close()
+            self._unstamped -= not stream.is_stamped
             self._streams.discard(stream)
             if not self._streams:
                 self._sweep.stop()
@@ -97,20 +109,8 @@ class PythonReader:
         """Hold the whole loop a little, while the kernel stamps: one wake-up then serves many reads, as native.PAUSE_NS
         says. Never while a response is to be handed over, or where an arrival is stamped by the read itself.
         """
-        if not self._ended and self._stamped:
+        if not self._ended and not self._unstamped:
             _sleep(min(native.PAUSE_NS * len(self._streams), native.MAX_PAUSE_NS) / 1e9)
-
-    def _read(self, stream: "_Stream") -> None:
-        stream.read()
-        self._stamped = not stream.user_stamps
-        if stream.why:
-            self._over(stream)
-
-    def _over(self, stream: "_Stream") -> None:
-        stream.watcher.stop()
-        self._ended.append(stream)
-        if not self._wake.active:
-            self._wake.start(self._wake_next)
 
     def _wake_next(self) -> None:
         """Wake one whose response has ended. The loop looks after the sockets before the next: when a wave of streams
@@ -127,51 +127,57 @@ class PythonReader:
             if not stream.why:
                 stream.read()  # it is overdue only if nothing of it is waiting to be read
                 if not stream.why and stream.deadline() <= now:
-                    stream.end(stream.overdue())
-                if stream.why:
-                    self._over(stream)
+                    stream.give_up()
 
 
 class _Stream:
     """One response while it comes."""
 
     __slots__ = (
-        "_ends", "_idle", "_is_token", "_last", "_pieces", "_recvmsg", "_size", "_sock", "_times", "_token_due",
-        "_total_due", "detail", "ended", "first_byte", "response", "user_stamps", "waiter", "watcher", "why",
+        "_idle", "_is_token", "_last", "_over", "_pieces", "_recvmsg", "_size", "_sock", "_times", "_token_due",
+        "_total_due", "detail", "ended", "first_byte", "is_stamped", "response", "user_stamps", "waiter", "why",
     )  # fmt: skip
 
-    def __init__(self, sock: Any, watcher: Any, total: int, first_token: int, idle: int) -> None:
-        self._sock, self.watcher = sock, watcher
-        stamped = _CONTROL_BYTES and not isinstance(sock, ssl.SSLSocket)
+    def __init__(self, sock: Any, total: int, first_token: int, idle: int, over: Callable[["_Stream"], None]) -> None:
+        self._sock, self._over = sock, over
+        self.is_stamped = _CONTROL_BYTES > 0 and not isinstance(sock, ssl.SSLSocket)
         # gevent's own method, which waits where there is nothing, costs a tenth of a read
-        self._recvmsg = getattr(sock, "_sock", sock).recvmsg if stamped else None
+        self._recvmsg = getattr(sock, "_sock", sock).recvmsg if self.is_stamped else None
         self._total_due, self._idle = total, idle
         self._token_due: int | None = first_token
         self._is_token = _first_token_watch()
         self._last = self._size = 0
         self._pieces: list[bytes] = []
         self._times: list[int] = []
-        self._ends: list[int] = []
         self.response = ResponseReader()
         self.first_byte = self.ended = self.user_stamps = 0
         self.why = self.detail = ""
         self.waiter = Waiter()
 
     def read(self) -> None:
-        """Take what is there."""
+        """Take what is there. The path per token: a call more would cost a hundredth of it."""
         try:
-            if self._recvmsg is not None:
-                data, control, _, _ = self._recvmsg(READ_BYTES, _CONTROL_BYTES)
-                self._take(data, _stamp(control))
-                return
-            self._take(self._sock.recv(READ_BYTES), None)
-            # what the TLS library holds makes no socket readable
-            while not self.why and isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
+            if self._recvmsg is None:
                 self._take(self._sock.recv(READ_BYTES), None)
+                # what the TLS library holds makes no socket readable
+                while not self.why and isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
+                    self._take(self._sock.recv(READ_BYTES), None)
+            else:
+                data, control, _, _ = self._recvmsg(READ_BYTES, _CONTROL_BYTES)
+                at = None
+                if control and control[0][1] == SO_TIMESTAMPNS and control[0][0] == socket.SOL_SOCKET:
+                    seconds, nanoseconds = _timespec(control[0][2])
+                    # the stamp is on the wall clock; only its age enters, so that a step of that clock cannot
+                    age = _wall_ns() - seconds * 1_000_000_000 - nanoseconds
+                    if 0 <= age < MAX_STAMP_AGE_NS:
+                        at = _now_ns() - age
+                self._take(data, at)
         except (BlockingIOError, InterruptedError, ssl.SSLWantReadError):
-            pass
+            return
         except OSError as error:
             self.end("reset", error.strerror or str(error))
+        if self.why:
+            self._over(self)
 
     def _take(self, data: bytes, at: int | None) -> None:
         response = self.response
@@ -180,11 +186,9 @@ class _Stream:
             self.end("complete" if response.complete else "closed")
             return
         if at is None:
-            at = time.monotonic_ns()
+            at = _now_ns()
             self.user_stamps += 1
         self._last = at
-        if not self.first_byte:
-            self.first_byte = at
         try:
             body = response.feed(data)
         except ProtocolError as error:
@@ -194,13 +198,14 @@ class _Stream:
             self._size += len(body)
             self._pieces.append(body)
             self._times.append(at)
-            self._ends.append(self._size)
             if self._token_due is not None and self._is_token(body):
                 self._token_due = None
+            if self._size > MAX_BODY_BYTES and not self.why:
+                self.end("too_large")
+        if not self.first_byte:
+            self.first_byte = at
         if response.complete:
             self.end("complete")
-        elif self._size > MAX_BODY_BYTES and not self.why:
-            self.end("too_large")
 
     def end(self, why: str, detail: str = "") -> None:
         """It is over."""
@@ -210,27 +215,19 @@ class _Stream:
         """When it is overdue if nothing comes, in ns."""
         return min(self._total_due, self._last + self._idle if self._token_due is None else self._token_due)
 
-    def overdue(self) -> str:
-        """Which of the timeouts the deadline is."""
-        return "total" if self.deadline() == self._total_due else "idle" if self._token_due is None else "first_token"
+    def give_up(self) -> None:
+        """End it for the timeout that the deadline is."""
+        self.end(
+            "total" if self.deadline() == self._total_due else "idle" if self._token_due is None else "first_token"
+        )
+        self._over(self)
 
     def received(self) -> Received:
         """All that has come."""
-        body = Body(b"".join(self._pieces), self._times, self._ends)
+        ends = [*itertools.accumulate([len(piece) for piece in self._pieces])]
+        body = Body(b"".join(self._pieces), self._times, ends)
         ended = self.ended or time.monotonic_ns()
         return Received(self.why, self.detail, self.response, body, self.first_byte, ended, self.user_stamps)
-
-
-def _stamp(control: list[tuple[int, int, bytes]]) -> int | None:
-    """When the kernel received, in ns of time.monotonic_ns()."""
-    for level, kind, value in control:
-        if kind == SO_TIMESTAMPNS and level == socket.SOL_SOCKET:
-            seconds, nanoseconds = _TIMESPEC.unpack_from(value)  # type: tuple[int, int]
-            # the stamp is on the wall clock; only its age enters, so that a step of that clock cannot
-            age = time.time_ns() - (seconds * 10**9 + nanoseconds)
-            if 0 <= age < MAX_STAMP_AGE_NS:
-                return time.monotonic_ns() - age
-    return None
 
 
 def _first_token_watch() -> Callable[[bytes], bool]:
