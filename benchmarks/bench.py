@@ -97,6 +97,7 @@ def ours_command(job: Job) -> list[str]:
         "workload": {"requests": str(job.folder / "prompt.jsonl"), "max_tokens": load.tokens},
         "load": {"users": load.streams, "ramp_s": 0, "duration_s": load.seconds, "drain_s": 60},
         "warmup": {"requests": 0},
+        "collect": {"gpu": "none"},
         "output": str(job.folder / "output"),
     }
     (job.folder / "prompt.jsonl").write_text(json.dumps({"id": "one", "prompt": PROMPT}) + "\n", encoding="utf-8")

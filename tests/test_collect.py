@@ -1,15 +1,20 @@
+import contextlib
 import io
 import json
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from pathlib import Path
 
 import httpx
 import pytest
 from fake_server import HANG, FakeServer, response
+from make_spans import OTHER, export, vllm_span
 
-from twoclocks.collect import Collectors, Job, LogTail, Scraper, parse_page
+from twoclocks.collect import Collectors, Job
+from twoclocks.collector import Lines, Scraper
 from twoclocks.errors import TargetError
 from twoclocks.experiment import Target
 from twoclocks.target import metrics_urls, resolve
@@ -17,7 +22,7 @@ from twoclocks.target import metrics_urls, resolve
 
 def job(folder, **changes):
     plain = {"run_folder": str(folder), "zero_ns": time.monotonic_ns(), "metrics_urls": [], "interval_s": 0.05}
-    return Job(**plain | {"headers": {}, "tls_verify": True, "log_path": None} | changes)
+    return Job(**plain | {"headers": {}, "tls_verify": True} | changes)
 
 
 def page(**values):
@@ -25,12 +30,27 @@ def page(**values):
     return response(200, "".join(lines).encode(), "text/plain")
 
 
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def send_spans(port, *spans):
+    headers = {"Content-Type": "application/x-protobuf"}
+    body = export(*spans).SerializeToString()
+    assert httpx.post(f"http://127.0.0.1:{port}/v1/traces", content=body, headers=headers).status_code == 200
+
+
 def scrapes(pages, tmp_path):
     out = io.BytesIO()
     pages = iter(pages)
     with FakeServer() as server, httpx.Client(timeout=0.3) as client:
         server.metrics = lambda: next(pages)
-        scraper = Scraper(f"{server.url}/metrics", job(tmp_path), client, out)
+        scraper = Scraper(f"{server.url}/metrics", job(tmp_path), client, Lines(out))
         errors = [scraper.scrape() for _ in range(3)]
     return [json.loads(line) for line in out.getvalue().splitlines()], errors
 
@@ -59,51 +79,13 @@ def test_a_scrape_that_fails_is_a_line_of_its_own_and_the_next_goes_on(tmp_path,
     assert [line["samples"] for line in lines] == [[["a", {"engine": "0"}, 1.0]], [], [["a", {"engine": "0"}, 2.0]]]
 
 
-def test_a_page_of_a_real_server_is_read_whole():
-    text = (Path(__file__).parent / "data" / "recorded_vllm_0.32_metrics_after.prom").read_text()
-    series, types = parse_page(text)
-    samples = [line for line in text.splitlines() if line and not line.startswith("#")]
-
-    assert len(series) == len(samples)
-    assert types["vllm:time_to_first_token_seconds"] == "histogram"
-
-
-def test_a_log_is_followed_through_partial_lines_rotation_and_truncation(tmp_path):
-    source, copy = tmp_path / "s.log", tmp_path / "copy.log"
-    source.write_text("before the run\n")
-    tail = LogTail(source, copy)
-    with source.open("a") as file:
-        file.write("one\ntw")
-    tail.copy()
-    with source.open("a") as file:
-        file.write("o\nlast of the old file\n")
-    source.rename(tmp_path / "s.log.1")
-    source.write_text("first of the new file\n")
-    tail.copy()
-    source.write_text("short\n")
-    tail.copy()
-    tail.close()
-
-    assert copy.read_text() == "one\ntwo\nlast of the old file\nfirst of the new file\nshort\n"
-
-
-def test_a_log_that_comes_late_is_read_from_its_beginning(tmp_path):
-    tail = LogTail(tmp_path / "late.log", tmp_path / "copy.log")
-    tail.copy()
-    (tmp_path / "late.log").write_text("hello\n")
-    tail.copy()
-    tail.close()
-
-    assert (tmp_path / "copy.log").read_text() == "hello\n"
-
-
 def test_the_child_scrapes_until_the_server_is_idle(tmp_path):
     running = iter([3, 3, 3, 2, 1])
     with FakeServer() as server:
         server.metrics = lambda: page(**{"vllm:num_requests_running": next(running, 0)})
         collectors = Collectors(job(tmp_path, metrics_urls=[f"{server.url}/metrics"]))
         collectors.stop()
-    lines = [json.loads(line) for line in (tmp_path / "server_samples.jsonl").read_text().splitlines()]
+    lines = lines_of(tmp_path / "server_samples.jsonl")
 
     assert collectors.errors == {f"{server.url}/metrics": None}
     assert [line["samples"][0][2] for line in lines if line["samples"]][-1] == 0
@@ -130,8 +112,180 @@ def test_the_child_ends_when_its_input_ends(tmp_path):
     assert collectors.process.wait(10) == 0
 
 
-def test_the_collector_imports_neither_locust_nor_pandas():
-    program = "import sys, twoclocks.collect; print({'locust', 'gevent', 'pandas', 'matplotlib'} & set(sys.modules))"
+def test_a_page_that_hangs_delays_neither_the_others_nor_the_log(tmp_path):
+    log = tmp_path / "vllm.log"
+    log.write_text("")
+    answers = iter([page(a=0)])
+    numbers = iter(range(1000))
+    with FakeServer() as slow, FakeServer() as quick:
+        slow.metrics = lambda: next(answers, [HANG])
+        quick.metrics = lambda: page(b=next(numbers))
+        urls = [f"{slow.url}/metrics", f"{quick.url}/metrics"]
+        collectors = Collectors(job(tmp_path, metrics_urls=urls, log=f"file:{log}"))
+        log.write_text("hello\n")
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:  # httpx gives the hanging page up after 2 s
+            lines = lines_of(tmp_path / "server_samples.jsonl")
+            quick_ones = [line for line in lines if line["url"] == urls[1]]
+            if len(quick_ones) > 10 and (tmp_path / "server.log").read_text():
+                break
+            time.sleep(0.02)
+        slow_ones = [line for line in lines if line["url"] == urls[0] and line["error"] is None]
+        collectors.stop()
+
+    assert len(quick_ones) > 10
+    assert len(slow_ones) == 1
+    assert (tmp_path / "server.log").read_text() == "hello\n"
+    assert collectors.errors == dict.fromkeys(urls)
+
+
+def test_a_stage_has_pages_of_its_own(tmp_path):
+    with FakeServer() as engine, FakeServer() as gateway:
+        engine.metrics = lambda: page(a=1)
+        gateway.metrics = lambda: page(b=1)
+        stage_urls = [("gateway", f"{gateway.url}/metrics")]
+        collectors = Collectors(job(tmp_path, metrics_urls=[f"{engine.url}/metrics"], stage_urls=stage_urls))
+        collectors.stop()
+    lines = lines_of(tmp_path / "server_samples.jsonl")
+
+    assert {line["url"]: line.get("stage") for line in lines} == {
+        f"{engine.url}/metrics": None,
+        f"{gateway.url}/metrics": "gateway",
+    }
+    assert all("stage" not in line for line in lines if line["url"] == f"{engine.url}/metrics")
+    assert len(collectors.errors) == 2
+
+
+def test_what_cannot_be_collected_is_told_in_the_first_answer_and_stops_nothing(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        settings = {"otlp_port": port, "log": f"file:{tmp_path}/none.log", "gpu": ["http://127.0.0.1:9/metrics"]}
+        collectors = Collectors(job(tmp_path, **settings))
+        notes = " | ".join(collectors.notes)
+        ended = collectors.stop()
+
+    assert f"port {port} cannot be listened on" in notes
+    assert "none.log" in notes
+    assert collectors.process.returncode == 0
+    assert all("early" not in note for note in ended)
+
+
+def numbered(number):
+    return f"{number:016x}" * 2
+
+
+def test_the_end_waits_for_the_last_batch(tmp_path):
+    port = free_port()
+    collectors = Collectors(job(tmp_path, otlp_port=port, otlp_tail_s=3.0))
+    send_spans(port, vllm_span(numbered(1)), vllm_span("mine", trace_id=OTHER, parent_id=""))
+    late = threading.Timer(0.5, send_spans, (port, vllm_span(numbered(2))))
+    late.start()
+    began = time.monotonic()
+    notes = collectors.stop(3)  # the third was cut off: its span never comes
+    took = time.monotonic() - began
+    late.join()
+
+    assert [line["request_id"] for line in lines_of(tmp_path / "server_requests.jsonl")] == [numbered(1), numbered(2)]
+    assert took > 3.4
+    assert notes == ["OTLP: 1 spans were of requests that this run did not send; they were left out"]
+
+
+def test_there_is_no_wait_once_all_spans_are_there(tmp_path):
+    port = free_port()
+    collectors = Collectors(job(tmp_path, otlp_port=port, otlp_tail_s=60))
+    (tmp_path / "requests.jsonl").write_text("".join(f'{{"request_id":"{numbered(one)}"}}\n' for one in (1, 2)))
+    send_spans(port, vllm_span(numbered(1)), vllm_span(numbered(2)))
+    began = time.monotonic()
+    notes = collectors.stop(2)
+
+    assert notes == []
+    assert time.monotonic() - began < 30
+
+
+def test_there_is_no_wait_when_no_span_ever_came(tmp_path):
+    collectors = Collectors(job(tmp_path, otlp_port=free_port(), otlp_grpc_port=free_port(), otlp_tail_s=60))
+    began = time.monotonic()
+    collectors.stop(2)
+
+    assert time.monotonic() - began < 30
+    assert not (tmp_path / "server_requests.jsonl").exists()
+
+
+def test_the_wait_for_spans_is_bounded_though_they_keep_coming(tmp_path):
+    port = free_port()
+    collectors = Collectors(job(tmp_path, otlp_port=port, otlp_tail_s=0.5))
+    over = threading.Event()
+
+    def keep_sending():
+        number = 0
+        while not over.wait(0.05):
+            number += 1
+            with contextlib.suppress(httpx.HTTPError, AssertionError):  # the receiver has closed
+                send_spans(port, vllm_span(numbered(number)))
+
+    sender = threading.Thread(target=keep_sending)
+    send_spans(port, vllm_span(numbered(1)))
+    sender.start()
+    try:
+        collectors.stop(1_000_000)
+    finally:
+        over.set()
+        sender.join()
+
+    assert collectors.process.returncode == 0
+
+
+def test_an_interruption_ends_the_wait_and_not_the_writing(tmp_path):
+    port = free_port()
+    collectors = Collectors(job(tmp_path, otlp_port=port, otlp_tail_s=60))
+    send_spans(port, vllm_span(numbered(1)), vllm_span("mine", trace_id=OTHER, parent_id=""))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    began = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        notes = collectors.stop(2)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+    assert 1.0 <= time.monotonic() - began < 30
+    assert collectors.process.returncode == 0
+    assert len(lines_of(tmp_path / "server_requests.jsonl")) == 1
+    assert "1 spans were of requests that this run did not send" in notes[0]
+
+
+def test_a_collector_that_died_is_told(tmp_path):
+    collectors = Collectors(job(tmp_path, metrics_urls=["http://127.0.0.1:9/metrics"]))
+    collectors.process.kill()
+    collectors.process.wait()
+
+    assert "has ended" in collectors.scrape()["http://127.0.0.1:9/metrics"]
+    assert "ended early" in collectors.stop()[0]
+
+
+def test_hostile_pages_do_not_end_it(tmp_path):
+    pages = iter([b"a 99999999999999999999999999999\n", b'{x=" "} 1\n', b"a " + b"9" * 400 + b"\n", b"\xff\xfe\0"])
+    with FakeServer() as server:
+        server.metrics = lambda: response(200, next(pages, b"a 1\n"), "text/plain")
+        collectors = Collectors(job(tmp_path, metrics_urls=[f"{server.url}/metrics"], interval_s=60))
+        errors = [collectors.errors, *(collectors.scrape() for _ in range(4))]
+        collectors.stop()
+
+    assert [next(iter(error.values())) is None for error in errors] == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("collector", {"locust", "gevent", "pandas", "matplotlib"}),
+        ("collect", {"grpc", "opentelemetry", "google.protobuf", "prometheus_client", "pynvml"}),
+    ],
+)
+def test_the_process_and_its_handle_import_what_they_need(module, absent):
+    program = f"import sys, twoclocks.{module}; print({absent} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
 
     assert printed.strip() == "set()"
@@ -166,7 +320,7 @@ def test_which_pages_are_scraped(server, setting, expected):
 
 
 def test_a_page_that_drips_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("twoclocks.collect.PAGE_S", 0.3)
+    monkeypatch.setattr("twoclocks.collector.PAGE_S", 0.3)
     head = b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n"
     _, errors = scrapes([[head, *[0.05, b"#"] * 100], page(a=1), page(a=1)], tmp_path)
 

@@ -33,7 +33,9 @@ def free_port() -> int:
 def started(tmp_path, *words_, headless=True, file_limit=None):
     """Locust as a child that does not outlive the test, whatever becomes of it."""
     port = str(free_port())  # Locust's own would meet another master of this machine
-    command = [LOCUST, "-f", str(ROOT / "load_test.py"), "--only-summary", "--set", f"output={tmp_path}", *words_]
+    alone = ["collect.otlp_port=none", "collect.otlp_grpc_port=none", "collect.gpu=none"]
+    settings = [word for setting in (f"output={tmp_path}", *alone) for word in ("--set", setting)]
+    command = [LOCUST, "-f", str(ROOT / "load_test.py"), "--only-summary", *settings, *words_]
     command += ["--master-bind-port", port, "--master-port", port, *(["--headless"] if headless else [])]
 
     def prepare():

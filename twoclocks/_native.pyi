@@ -13,9 +13,7 @@ class Reader:
     def poll(self) -> list[int]:
         """Tokens of the responses that ended since the last call; without a thread, also reads what is there."""
 
-    def collect(
-        self, token: int, /
-    ) -> tuple[str, bytes, bytes, list[int], list[int], bytes, int, int, int, bool, int]:
+    def collect(self, token: int, /) -> tuple[str, bytes, bytes, list[int], list[int], bytes, int, int, int, bool, int]:
         """The arguments of native.as_received; a stream that still runs is given up. KeyError: no such stream."""
 
     def progress(self) -> list[tuple[int, int, int, bool]]:

@@ -81,7 +81,8 @@ def replayed(experiment: Experiment, replay: Replay, url: str, output: Path) -> 
     load["duration_s"] = load["ramp_s"] + replay.seconds
     tokens = replay.output_tokens or raw["workload"]["max_tokens"]
     load["drain_s"] = max(load["drain_s"], (replay.ttft_ms + tokens * replay.tpot_ms) / 1e3 + 5)
-    raw["collect"] |= {"metrics_url": "auto", "log": "none"}
+    alone = {"metrics_url": "auto", "log": "none", "gpu": "none", "otlp_port": "none", "otlp_grpc_port": "none"}
+    raw["collect"] |= alone
     return raw | {"name": "calibration", "slo": {}, "output": str(output), "output_text": False}
 
 

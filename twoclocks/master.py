@@ -154,7 +154,8 @@ class MasterSide:
         )
         StreamingUser.sender = self.sender
         if not isinstance(self.runner, MasterRunner):  # there the workers send, and watch themselves
-            self.watch = gevent.spawn(watch, self.zero_ns, 0, os.getpid(), self.keep_self)
+            reader = reader_name(self.sender.endpoint)
+            self.watch = gevent.spawn(watch, self.zero_ns, 0, os.getpid(), reader, self.keep_self)
         self._warm_up()
         self.collectors.scrape()  # so that the server's totals of the window begin after the warm-up
         if isinstance(self.runner, MasterRunner):
@@ -349,6 +350,7 @@ class MasterSide:
         if self.collectors is not None:
             for text in self.collectors.stop(self.kept):
                 self.note(text)
+            self._tell(foreign_spans=self.collectors.foreign_spans)
         missing = len(set(self.shares) - set(self.sent))
         self._tell(
             status="finished" if self.time_is_up else "interrupted",

@@ -20,6 +20,7 @@ class SelfSample(msgspec.Struct, frozen=True):
     at: float  # seconds on the run's clock, at the end of the second
     worker: int
     pid: int
+    reader: str  # native or python: what this process reads with
     loop_lag_s: list[float]  # how late each tick was
     cpu_s: float  # CPU time of the process, all threads
     loop_cpu_s: float  # CPU time of the event loop's thread; the rest is the native reader's
@@ -28,7 +29,7 @@ class SelfSample(msgspec.Struct, frozen=True):
     open_file_limit: int
 
 
-def watch(zero_ns: int, worker: int, pid: int, write: Callable[[bytes], None]) -> None:
+def watch(zero_ns: int, worker: int, pid: int, reader: str, write: Callable[[bytes], None]) -> None:
     """Write a line a second, for ever. Runs in a greenlet of its own."""
     encoder = msgspec.json.Encoder()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -39,6 +40,7 @@ def watch(zero_ns: int, worker: int, pid: int, write: Callable[[bytes], None]) -
             at=(time.monotonic_ns() - zero_ns) / 1e9,
             worker=worker,
             pid=pid,
+            reader=reader,
             loop_lag_s=lags,
             cpu_s=now_cpu - cpu,
             loop_cpu_s=now_loop_cpu - loop_cpu,

@@ -12,6 +12,7 @@ from locust.env import Environment
 
 from twoclocks.endpoint import make_endpoint, token_counter
 from twoclocks.experiment import Experiment
+from twoclocks.reader import reader_name
 from twoclocks.run_folder import this_clock
 from twoclocks.selfwatch import watch
 from twoclocks.user import Sender, StreamingUser
@@ -48,10 +49,12 @@ class WorkerSide:
             return
         prompts = load_prompts(Path(experiment.workload.requests), experiment.target.api)
         self.run, self.lines, self.self_lines, self.count = data["run"], [], [], 0
-        self.watch = gevent.spawn(watch, data["zero_ns"], data["share"], os.getpid(), self.self_lines.append)
+        endpoint = make_endpoint(experiment.target, experiment.timeouts)
+        reader = reader_name(endpoint)
+        self.watch = gevent.spawn(watch, data["zero_ns"], data["share"], os.getpid(), reader, self.self_lines.append)
         StreamingUser.sender = Sender(
             experiment=experiment,
-            endpoint=make_endpoint(experiment.target, experiment.timeouts),
+            endpoint=endpoint,
             zero_ns=data["zero_ns"],
             worker=data["share"],
             plans=plans(experiment, prompts, data["model"], share=data["share"], shares=data["shares"]),
