@@ -10,7 +10,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
-from itertools import pairwise
+from operator import sub
 from typing import NamedTuple
 
 import msgspec
@@ -284,8 +284,8 @@ def _record(
 
 def _gaps_us(sent_ns: int, arrived_ns: list[int]) -> list[int]:
     """Offset of the first from sent, then gaps; differences of rounded absolute times, so errors do not add up."""
-    marks = [0, *[(at - sent_ns + 500) // 1000 for at in arrived_ns]]
-    return [later - earlier for earlier, later in pairwise(marks)]
+    marks = [(at - sent_ns + 500) // 1000 for at in arrived_ns]
+    return [*map(sub, marks, [0, *marks])]
 
 
 def _is_stream(response: ResponseReader) -> bool:

@@ -73,7 +73,8 @@ class _Other(msgspec.Struct, frozen=True):
     done: bool = False
 
 
-_decoder = msgspec.json.Decoder(_Payload)
+_decode = msgspec.json.Decoder(_Payload).decode
+_NO_DELTA = _Delta()
 
 Chunk = tuple[Kind, int, str, str | None]
 """What one event brought for one choice: kind, index of the choice, text, finish reason."""
@@ -93,7 +94,7 @@ def _payload(data: bytes) -> _Payload | _Other:
     if data == b"[DONE]":
         return _Other(done=True)
     try:
-        return _decoder.decode(data)
+        return _decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if data.lstrip().startswith(b'{"error"'):  # transformers puts messages into its error event unescaped
             return _Other(error=data.decode("utf-8", "replace"))
@@ -118,23 +119,25 @@ def _chunk(choice: _Choice, has_usage: bool) -> Chunk:
     Usage beside a choice makes a usage chunk only at the finish (transformers); before it, it is the running count that
     vLLM puts on every chunk.
     """
-    delta = choice.delta or _Delta()
-    content = delta.content if choice.delta is not None else choice.text
-    reasoning = delta.reasoning or delta.reasoning_content
+    delta, reason = choice.delta, choice.finish_reason
+    if delta is None:
+        delta, content = _NO_DELTA, choice.text
+    else:
+        content = delta.content
     kind: Kind
     if delta.tool_calls or delta.function_call:
         kind = "tool"
-    elif reasoning:
+    elif delta.reasoning or delta.reasoning_content:
         kind = "reasoning"
     elif content:
         kind = "content"
     elif delta.role:
         kind = "role"
-    elif choice.finish_reason is not None:
+    elif reason is not None:
         kind = "usage" if has_usage else "finish"
     else:
         kind = "empty"
-    return kind, choice.index, content if isinstance(content, str) else "", choice.finish_reason
+    return kind, choice.index, content if isinstance(content, str) else "", reason
 
 
 def _tgi_chunks(token: _TgiToken, payload: _Payload) -> tuple[list[Chunk], _Usage | None]:
@@ -211,16 +214,17 @@ def read_stream(body: Body) -> Stream:
                 malformed = f"an answer of more than {MAX_CHUNKS} chunks"
                 break
             in_event, counts = _chunks(payload)
-            is_token = False
+            count = None
+            if counts is not None:
+                count = counts.completion_tokens
+                if count is not None or counts.prompt_tokens is not None:
+                    usage = counts
             for chunk in in_event:
                 chunks.append(chunk)
                 reads.append(read)
-                told.append(None if counts is None else counts.completion_tokens)
-                is_token = is_token or chunk[0] in TOKEN_KINDS
-            if is_token:
+                told.append(count)
+            if in_event[0][0] in TOKEN_KINDS or (len(in_event) > 1 and any(c[0] in TOKEN_KINDS for c in in_event)):
                 token_reads.append(read)
-            if counts is not None and (counts.completion_tokens is not None or counts.prompt_tokens is not None):
-                usage = counts
             server = payload.metrics or payload.timings or server
     except EventTooLong as too_long:
         malformed = malformed or str(too_long)

@@ -44,14 +44,15 @@ class ResponseReader:
         """The body bytes among these. Raises ProtocolError. Bytes after the end of the response forbid reuse."""
         if self._mode == "size" and not self._pending:
             # the path per token: one whole chunk and nothing else
-            line, end, rest = received.partition(b"\r\n")
-            if end and line.isalnum() and len(line) < 16 and rest[-2:] == b"\r\n":
+            start = received.find(b"\r\n", 0, 16)
+            line = received[:start]
+            if start > 0 and line.isalnum() and received[-2:] == b"\r\n":
                 try:
                     size = int(line, 16)
                 except ValueError:
                     size = -1
-                if 0 < size == len(rest) - 2:
-                    return rest[:-2]
+                if 0 < size == len(received) - start - 4:
+                    return received[start + 2 : -2]
         body: list[bytes] = []
         try:
             self._feed(received, body)

@@ -5,6 +5,7 @@ start on the master's monotonic clock; run.json anchors that clock to wall time.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -83,13 +84,7 @@ def read_records(path: Path) -> Iterator[Record]:
 
 def run_lengths(values: Iterable[T]) -> list[tuple[T, int]]:
     """[a, a, b] -> [(a, 2), (b, 1)]."""
-    runs: list[tuple[T, int]] = []
-    for value in values:
-        if runs and runs[-1][0] == value:
-            runs[-1] = (value, runs[-1][1] + 1)
-        else:
-            runs.append((value, 1))
-    return runs
+    return [(value, len(list(run))) for value, run in groupby(values)]
 
 
 def expand(runs: Iterable[tuple[T, int]]) -> list[T]:
