@@ -1,3 +1,4 @@
+import json
 import math
 import socket
 import subprocess
@@ -357,6 +358,72 @@ def test_a_page_under_200_is_no_cut_stream():
 
     assert (record.status, record.error_kind) == ("error", "not_a_stream")
     assert "<html>login</html>" in record.error_message
+
+
+WHOLE_CHAT = {
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "日本🙂"}, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 5, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}},
+}
+TGI_TIMES = "x-total-time: 120\r\nx-queue-time: 7\r\nx-other: 1\r\n"
+
+
+def whole(payload, headers="", status=200, **target):
+    steps = response(status, json.dumps(payload, ensure_ascii=False).encode(), headers=headers)
+    with FakeServer(lambda body: steps) as server:
+        return ask(server, target=Target(url=server.url, stream=False, **target))
+
+
+def test_a_whole_answer_is_one_chunk_with_all_its_tokens():
+    record = whole(WHOLE_CHAT | {"metrics": {"queue_time_ms": 1.5}})
+
+    assert (record.status, record.output_text, record.finish_reason) == ("ok", "日本🙂", "stop")
+    assert (record.chunk_kinds, record.chunk_tokens, record.token_source) == ([("content", 1)], [3], "usage")
+    assert (record.prompt_tokens, record.output_tokens, record.cached_tokens) == (5, 3, 2)
+    assert record.server == {"queue_time_ms": 1.5}
+    assert 0 < record.chunk_us[0] <= 1e6 * (record.ended_at - record.sent_at) + 1
+
+
+def test_timings_in_the_headers_of_tgi_are_kept():
+    details = {"finish_reason": "length", "generated_tokens": 4, "input_length": 9}
+    record = whole({"generated_text": "abcd", "details": details}, TGI_TIMES, server="tgi", api="tgi-generate")
+
+    assert record.server == {"x-total-time": "120", "x-queue-time": "7"}
+    assert (record.output_text, record.output_tokens, record.prompt_tokens) == ("abcd", 4, 9)
+
+
+def test_several_choices_of_a_whole_answer():
+    choices = [{"index": i, "text": "a" * i, "finish_reason": "stop"} for i in range(3)]
+    record = whole({"choices": choices, "usage": {"completion_tokens": 9}}, api="completions")
+
+    assert record.chunk_kinds == [("empty", 1), ("content", 2)]
+    assert (record.chunk_tokens, record.output_tokens) == ([None] * 3, 9)
+    assert expand(record.chunk_choice) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("payload", "status", "kind"),
+    [
+        ({"error": {"message": "no memory"}}, 200, "error_event"),
+        ({"error": {"message": "no memory"}}, 500, "http_500"),
+        ({}, 200, "not_an_answer"),
+        ([1], 200, "malformed"),
+        ({"choices": [{"index": -1}]}, 200, "malformed"),
+    ],
+)
+def test_a_whole_answer_that_is_none_says_why(payload, status, kind):
+    record = whole(payload, status=status)
+
+    assert (record.status, record.error_kind) == ("error", kind)
+    assert record.error_message
+
+
+def test_a_whole_answer_may_take_longer_than_a_first_token():
+    steps = [b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 14\r\n\r\n", 0.3]
+    with FakeServer(lambda body: [*steps, b'{"choices":[]}']) as server:
+        target = Target(url=server.url, stream=False)
+        record = ask(server, target=target, timeouts=Timeouts(first_token_s=0.1, idle_s=0.1, total_s=30))
+
+    assert (record.error_kind, record.http_status) == ("not_an_answer", 200)
 
 
 ANSWERS = [

@@ -111,3 +111,14 @@ def test_tgis_own_body(tmp_path):
     body = body_of(prompt, server="tgi", api="tgi-generate")
 
     assert body == {"inputs": "x", "parameters": {"max_new_tokens": 5, "details": True, "top_k": 3}}
+
+
+def test_sglang_reads_its_id_from_the_body(tmp_path):
+    prompts = prompts_of(tmp_path, {"id": "a", "prompt": "x"})
+    experiment = Experiment(target=Target(server="sglang", stream=False))
+    first, second = itertools.islice(plans(experiment, prompts, "m"), 2)
+    bodies = [json.loads(plan.body) for plan in (first, second)]
+
+    assert [body.pop("rid") for body in bodies] == [first.request_id, second.request_id]
+    assert bodies[0] == bodies[1] == request_body(prompts[0], experiment, "m")
+    assert (bodies[0]["stream"], bodies[0]["return_meta_info"], "stream_options" in bodies[0]) == (False, True, False)

@@ -11,12 +11,12 @@ import ssl
 import time
 from collections.abc import Callable
 from operator import sub
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from greenlet import GreenletExit
 
-from twoclocks.dialect import Body, Stream, parse_event, read_stream
+from twoclocks.dialect import Body, Stream, parse_event, read_answer, read_stream
 from twoclocks.endpoint import Endpoint
 from twoclocks.experiment import Timeouts
 from twoclocks.http1 import ResponseReader
@@ -25,6 +25,8 @@ from twoclocks.record import TOKEN_KINDS, Phase, Record, Status, run_lengths
 from twoclocks.workload import Plan
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
+NO_BODY = Body(b"", [], [])
+TGI_HEADERS = {f"x-{name}-time" for name in ("total", "validation", "queue", "inference")} | {"x-time-per-token"}
 SO_TIMESTAMPNS = 35  # asm-generic/socket.h; the socket module has no name for it
 
 
@@ -141,7 +143,7 @@ class Exchange:
         self.written_ns: int | None = None
         self.first_byte_ns: int | None = None
         self.ended_ns = 0
-        self.body = Body(b"", [], [])
+        self.body = NO_BODY
         self.user_stamps = 0
         self.response = ResponseReader()
         self.failure: Failure | None = None
@@ -191,7 +193,8 @@ class Exchange:
         received = connection.receive(
             connection.sock,
             self.sent_ns + round(timeouts.total_s * 1e9),
-            self.sent_ns + round(timeouts.first_token_s * 1e9),
+            # of an answer that comes whole, the first token is the last
+            self.sent_ns + round((timeouts.first_token_s if connection.endpoint.stream else timeouts.total_s) * 1e9),
             round(timeouts.idle_s * 1e9),
         )
         why = received.why
@@ -232,8 +235,12 @@ def send(connection: Connection, plan: Plan, origin: Origin, phase: Phase, inten
 def _record(
     exchange: Exchange, connection: Connection, plan: Plan, origin: Origin, phase: Phase, intended_ns: int
 ) -> Record:
-    stream = read_stream(exchange.body if _is_stream(exchange.response) else Body(b"", [], []))
-    failure = _failure(exchange, stream)
+    streams = connection.endpoint.stream
+    if streams:
+        stream = read_stream(exchange.body if _is_stream(exchange.response) else NO_BODY)
+    else:
+        stream = read_answer(exchange.body if exchange.response.status == 200 else NO_BODY)
+    failure = _failure(exchange, stream, streams=streams)
     tokens, output_tokens, token_source = stream.tokens, stream.output_tokens, stream.token_source
     if token_source == "chunks" and origin.count_tokens is not None:
         token_source = "tokenizer"
@@ -278,7 +285,7 @@ def _record(
         error_kind=failure.kind if failure else None,
         error_message=failure.message[:1000] if failure else None,
         output_text=stream.text if origin.keep_text else None,
-        server=stream.server,
+        server=stream.server or _timings_in_headers(exchange.response),
     )
 
 
@@ -288,11 +295,17 @@ def _gaps_us(sent_ns: int, arrived_ns: list[int]) -> list[int]:
     return [*map(sub, marks, [0, *marks])]
 
 
+def _timings_in_headers(response: ResponseReader) -> dict[str, Any] | None:
+    """TGI's x-queue-time and the like, as they came: only answers that are not streamed bring them."""
+    told = {name: value for name, value in response.headers.items() if name in TGI_HEADERS}
+    return told or None
+
+
 def _is_stream(response: ResponseReader) -> bool:
     return response.status == 200 and "json" not in response.headers.get("content-type", "")
 
 
-def _failure(exchange: Exchange, stream: Stream) -> Failure | None:
+def _failure(exchange: Exchange, stream: Stream, *, streams: bool) -> Failure | None:
     """Why the request is not ok, or None. What the server says of an error tells more than how its connection ended."""
     response, failure = exchange.response, exchange.failure
     body = exchange.body.data
@@ -307,12 +320,13 @@ def _failure(exchange: Exchange, stream: Stream) -> Failure | None:
         return None if stream.ended else Failure("truncated", failure.kind, failure.message)
     if failure is not None:
         return failure
-    if not _is_stream(response):
+    if streams and not _is_stream(response):
         return Failure("error", "not_a_stream", f"answered without streaming: {_error_text(body)}")
     if stream.malformed is not None:
         return Failure("error", "malformed", stream.malformed)
     if not stream.ended and not stream.kinds:
-        return Failure("error", "not_a_stream", f"status 200 without any event: {_error_text(body)[:200]}")
+        kind, what = ("not_a_stream", "any event") if streams else ("not_an_answer", "any choice")
+        return Failure("error", kind, f"status 200 without {what}: {_error_text(body)[:200]}")
     if not stream.ended:
         return Failure("truncated", "no_end", "the stream ended without a finish reason or [DONE]")
     return None

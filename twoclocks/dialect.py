@@ -156,6 +156,35 @@ def _error_message(error: Any) -> str:
     return error if isinstance(error, str) else msgspec.json.encode(error).decode()
 
 
+class _Message(msgspec.Struct, gc=False):
+    content: Any = None
+    reasoning: Any = None
+    reasoning_content: Any = None
+    tool_calls: Any = None
+
+
+class _WholeChoice(msgspec.Struct, gc=False):
+    index: Annotated[int, Meta(ge=0, lt=2**15)] = 0
+    message: _Message | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+    meta_info: dict[str, Any] | None = None  # SGLang, return_meta_info
+
+
+class _Whole(msgspec.Struct, gc=False):
+    choices: Annotated[list[_WholeChoice], Meta(max_length=128)] = []
+    usage: _Usage | None = None
+    error: Any = None
+    metrics: dict[str, Any] | None = None
+    timings: dict[str, Any] | None = None
+    meta_info: dict[str, Any] | None = None
+    generated_text: str | None = None  # TGI's own /generate
+    details: _TgiDetails | None = None
+
+
+_decode_whole = msgspec.json.Decoder(_Whole).decode
+
+
 class Body(NamedTuple):
     """The body of a response and when it came: an entry a read that brought some of it."""
 
@@ -255,6 +284,53 @@ def read_stream(body: Body) -> Stream:
         error=error,
         malformed=malformed,
     )
+
+
+def read_answer(body: Body) -> Stream:
+    """Digest a whole answer that was not streamed: one chunk a choice, which arrived with the last bytes."""
+    error = malformed = None
+    whole = _Whole()
+    try:
+        whole = _decode_whole(body.data)
+        error = None if whole.error is None else _error_message(whole.error)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as wrong:
+        malformed = f"{wrong}: {body.data[:200].decode('utf-8', 'replace')}"
+    choices, usage = whole.choices, whole.usage or _Usage()
+    if whole.generated_text is not None:
+        details = whole.details or _TgiDetails()
+        choices = [_WholeChoice(text=whole.generated_text, finish_reason=details.finish_reason or "stop")]
+        usage = _Usage(details.generated_tokens, details.input_length)
+    kinds, texts = [], []
+    for choice in choices:
+        message = choice.message or _Message(content=choice.text)
+        reasoning = message.reasoning or message.reasoning_content
+        kinds.append(_whole_kind(message.tool_calls, reasoning, message.content))
+        texts.append(message.content if isinstance(message.content, str) else "")
+    total, prompt = _count(usage.completion_tokens), _count(usage.prompt_tokens)
+    details_of_prompt = usage.prompt_tokens_details
+    in_choice = next((choice.meta_info for choice in choices if choice.meta_info), None)
+    return Stream(
+        arrived_ns=body.times[-1:] * len(choices),
+        kinds=kinds,
+        choices=[choice.index for choice in choices],
+        # one answer holds all tokens; of several nobody says how many each holds
+        tokens=[total] if len(choices) == 1 else [None] * len(choices),
+        reads_merged=0,
+        prompt_tokens=prompt,
+        output_tokens=total,
+        cached_tokens=_count(details_of_prompt.get("cached_tokens")) if isinstance(details_of_prompt, dict) else None,
+        token_source=None if total is None else "usage",
+        finish_reason=next((choice.finish_reason for choice in choices if choice.finish_reason), None),
+        text="".join(texts),
+        server=whole.metrics or whole.timings or whole.meta_info or in_choice,
+        ended=malformed is None and bool(choices),
+        error=error,
+        malformed=malformed,
+    )
+
+
+def _whole_kind(tool_calls: Any, reasoning: Any, content: Any) -> Kind:
+    return "tool" if tool_calls else "content" if content else "reasoning" if reasoning else "empty"
 
 
 def _events(body: Body) -> Iterator[tuple[bytes, int]]:

@@ -27,6 +27,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     tls: ssl.SSLContext | None
     proxy: Proxy | None
     timeouts: Timeouts
+    stream: bool = True
 
 
 def request_headers(target: Target) -> dict[str, str]:
@@ -49,14 +50,14 @@ def make_endpoint(target: Target, timeouts: Timeouts) -> Endpoint:
     base = url.path.rstrip("/").removesuffix("/v1")
     headers = {
         "User-Agent": f"twoclocks/{__version__}",
-        "Accept": "text/event-stream",
+        "Accept": "text/event-stream" if target.stream else "application/json",
         "Accept-Encoding": "identity",
         "Content-Type": "application/json",
         **request_headers(target),
     }
     try:
         proxy = find_proxy(target.url)
-        path = base + PATHS[target.api]
+        path = base + (PATHS[target.api] if target.stream else PATHS[target.api].removesuffix("_stream"))
         if proxy is not None and url.scheme == "http":  # a proxy wants the whole address; TLS goes through a tunnel
             path = f"http://{url.netloc}{path}"
             if proxy.authorization:
@@ -73,6 +74,7 @@ def make_endpoint(target: Target, timeouts: Timeouts) -> Endpoint:
         tls=tls_context(target.tls_verify, target.tls_cert) if url.scheme == "https" else None,
         proxy=proxy,
         timeouts=timeouts,
+        stream=target.stream,
     )
 
 

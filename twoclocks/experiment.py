@@ -44,6 +44,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     api_key_env: str = "OPENAI_API_KEY"  # the variable's name; the key itself never enters a file
     headers: dict[str, str] = {}
     extra_body: dict[str, Any] = {}  # merged into every request
+    stream: bool = True  # False: whole answers, whose first token nobody sees; TGI tells its own timings only then
     tls_verify: bool | str = True  # True, False, or the path of a CA bundle
     tls_cert: str | None = None  # path of a client certificate with its key (PEM)
     stages: list[Stage] = []  # what stands between the client and the server, the outermost first

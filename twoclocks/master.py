@@ -136,6 +136,8 @@ class MasterSide:
             workers=1,
         )
         log.info("run folder: %s", self.folder.path)
+        if not target.stream:
+            self.note("target.stream is false: an answer comes whole, so that its TTFT is its E2E and it has no TPOT")
         self.collectors = Collectors(self._job())
         for url, error in self.collectors.errors.items():
             if error:
@@ -222,9 +224,11 @@ class MasterSide:
         if failed:
             self.note(f"{len(failed)} of {count} warm-up requests failed; the first: {failed[0].error_message}")
         elif self.experiment.target.server == "vllm" and not any(record.server for record in records):
+            port = self.experiment.collect.otlp_port
+            spans = "" if port == "none" else f" or --otlp-traces-endpoint http://THIS_HOST:{port}/v1/traces"
             self.note(
-                "vLLM sends no timings with its answers; start it with --enable-per-request-metrics (0.26 or newer) "
-                "to have the server's clock for each request"
+                "vLLM sends no timings with its answers; to have its clock for each request, start it with "
+                f"--enable-per-request-metrics (0.26 or newer){spans}"
             )
 
     # while it runs

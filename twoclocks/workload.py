@@ -79,16 +79,19 @@ def _prompt(line: bytes, number: int, path: Path, api: str) -> Prompt:
 
 
 def request_body(prompt: Prompt, experiment: Experiment, model: str) -> dict[str, Any]:
-    """The body of a streamed request. ``target.extra_body`` wins over all, a prompt over the defaults."""
+    """The body of a request. ``target.extra_body`` wins over all, a prompt over the defaults."""
     target, workload = experiment.target, experiment.workload
     if target.api == "tgi-generate":
         return _tgi_body(prompt, experiment)
-    body: dict[str, Any] = {"model": model, "max_tokens": workload.max_tokens, "stream": True}
+    body: dict[str, Any] = {"model": model, "max_tokens": workload.max_tokens, "stream": target.stream}
     # usage in the stream is asked for everywhere; a running count on each chunk only where it is known to be accepted,
     # since strict servers answer 400 to fields that they do not know
-    body["stream_options"] = {"include_usage": True}
-    if target.server == "vllm":
-        body["stream_options"]["continuous_usage_stats"] = True
+    if target.stream:
+        body["stream_options"] = {"include_usage": True}
+        if target.server == "vllm":
+            body["stream_options"]["continuous_usage_stats"] = True
+    elif target.server == "sglang":
+        body["return_meta_info"] = True
     if workload.ignore_eos:
         body["ignore_eos"] = True
     return body | prompt.body | target.extra_body
@@ -125,7 +128,10 @@ def plans(
         if made is None:
             body = request_body(prompt, experiment, model)
             made = bodies[id(prompt)] = (msgspec.json.encode(body), _max_tokens(body))
-        yield Plan(secrets.token_hex(16), prompt, *made)
+        request_id, (encoded, max_tokens) = secrets.token_hex(16), made
+        if experiment.target.server == "sglang":  # which reads its id from the body, not from a header
+            encoded = b'%b,"rid":"%b"}' % (encoded[:-1], request_id.encode())
+        yield Plan(request_id, prompt, encoded, max_tokens)
 
 
 def _max_tokens(body: dict[str, Any]) -> int | None:
