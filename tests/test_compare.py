@@ -57,6 +57,19 @@ def test_the_same_seed_gives_the_same_interval():
     assert compare.median_difference(values, values + 1) == compare.median_difference(values, values + 1)
 
 
+def test_what_two_clocks_of_a_server_tell_stands_in_two_rows(folders, tmp_path):
+    make_run(tmp_path / "spans", requests=60, spans=True)
+    runs = [twoclocks.load_run(folders / "quick"), twoclocks.load_run(tmp_path / "spans")]
+
+    rows = [r for r in compare.differences(runs)["rows"] if r["metric"] == "server_ttft"]
+
+    assert [(r["run"], r["label"], r["n"], r["difference"]) for r in rows] == [
+        ("quick", "TTFT, server (in-band, vllm)", 60, None),
+        ("spans", "TTFT, server (otlp, vllm)", 60, None),
+    ]
+    assert rows[0]["definition"] != rows[1]["definition"]
+
+
 def test_files_and_their_place(folders):
     built = compare.compare([folders / "quick", folders / "slow"])
 

@@ -6,7 +6,9 @@ import pytest
 
 from twoclocks.clocks import CLOCKS, METRICS, SILENCES, silences
 from twoclocks.join import (
+    LINES_WITHOUT_ID,
     NO_ID,
+    NO_ID_IN_LOG,
     NO_LINE,
     NO_SPAN,
     NO_STAGE,
@@ -160,6 +162,7 @@ def test_one_source_has_no_columns_of_its_own():
 def test_why_a_request_is_not_joined():
     assert one()["server_unmatched"] == NO_TIMINGS
     assert one([log("b")])["server_unmatched"] == NO_LINE
+    assert one([log(None, server="tgi")])["server_unmatched"] == NO_ID_IN_LOG
     assert one([span("b")])["server_unmatched"] == NO_SPAN
     assert one([span("a", queue=1.0), span("a", queue=2.0)])["server_unmatched"] == TOLD_TWICE
 
@@ -178,7 +181,7 @@ def test_rows_that_join_nothing_are_counted_with_the_reason():
     joined = join(["a"], [None], [16], rows)
 
     assert joined.rows == {"otlp": 4, "log": 2}
-    assert joined.unmatched_rows == {NO_ID: 2, NOT_OURS: 1, NO_STAGE: 1, OTHER_LINES: 1}
+    assert joined.unmatched_rows == {NO_ID: 1, LINES_WITHOUT_ID: 1, NOT_OURS: 1, NO_STAGE: 1, OTHER_LINES: 1}
 
 
 def test_a_batch_that_comes_twice_is_one():

@@ -48,7 +48,24 @@ def test_panels_say_where_the_server_tells_nothing(runs):
     assert [len(server.values) for server in servers] == [40, 0, 0]
     assert "no per-request figure" in servers[1].silence
     assert "its /metrics mean" in panels["Inter-token latency"].pairs[0][1].silence
+    assert any("engine step ->" in note for note in panels["Inter-token latency"].footnotes)
     assert [len(server.values) for _, server in panels["Request duration"].pairs] == [40, 40, 0]
+
+
+def test_one_half_violin_is_one_clocks(tmp_path):
+    planted = make_run(tmp_path / "r", requests=40, spans=True)
+    path = tmp_path / "r" / "server_requests.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:15]) + "\n")  # spans of 15 requests, the rest in-band
+
+    panel = plots._panels([twoclocks.load_run(tmp_path / "r")])[0]
+    ((_, server),) = panel.pairs
+    inside = np.array(planted.queue) + planted.prefill
+
+    assert server.told_by == ("in-band", "vllm")
+    assert server.left_out == 15
+    assert sorted(server.values) == pytest.approx(sorted(inside[2:27]))
+    assert any("Left out: 15 requests" in note for note in panel.footnotes)
+    assert sum(note.startswith("Server (") for note in panel.footnotes) == 1
 
 
 def test_many_runs_beside_each_other(runs, tmp_path):

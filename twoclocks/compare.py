@@ -6,25 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from twoclocks import __version__, terminal
+from twoclocks import __version__, metrics, terminal
 from twoclocks.calibration import calibration_of, error_bars
+from twoclocks.clocks import CLOCKS
 from twoclocks.errors import RunFolderError, TwoclocksError, plain
 from twoclocks.load import Run, load_run
-from twoclocks.metrics import Floats
+from twoclocks.metrics import Floats, definition
 from twoclocks.plots import violins
 from twoclocks.report import VIOLIN, Report, page, picture, write_json
 from twoclocks.summary import distribution, summarise
 
-ROWS: dict[str, tuple[str, str]] = {
-    "ttft": ("TTFT, client", "client"),
-    "server_ttft": ("TTFT, server (per request)", "server"),
-    "tpot": ("TPOT, client", "client"),
-    "server_tpot": ("TPOT, server (per request)", "server"),
-    "itl_mean": ("mean ITL of a request, client", "client"),
-    "e2e": ("E2E, client", "client"),
-    "server_e2e": ("E2E, server (per request)", "server"),
+ROWS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "ttft": ("TTFT", metrics.ttft),
+    "tpot": ("TPOT", metrics.tpot),
+    "itl_mean": ("mean ITL of a request", metrics.chunk_gaps),
+    "e2e": ("E2E", metrics.e2e),
 }
+"""Metric -> its name and where the client's definition stands; the server's figures of the same name come after it."""
 TOTALS = {
     "requests": "Requests",
     "ok": "Ok",
@@ -92,7 +92,7 @@ def differences(runs: Sequence[Run]) -> dict[str, Any]:
         "twoclocks_version": __version__,
         "runs": [summarise(run) for run in runs],
         "interval_definition": INTERVAL,
-        "rows": [row for metric in ROWS for row in _rows(runs, bars, metric)],
+        "rows": [row for metric in ROWS for row in _both_sides(runs, bars, metric)],
         "settings_differ": differing,
         "load_differs": [row["key"] for row in differing if row["key"].startswith(_SAME_WORK)],
     }
@@ -160,19 +160,43 @@ def text(summary: dict[str, Any]) -> str:
     return terminal.to_text(Group(table, *lines))
 
 
-def _rows(runs: Sequence[Run], bars: Sequence[dict[str, float]], metric: str) -> list[dict[str, Any]]:
-    label, side = ROWS[metric]
-    values = [run.ok[metric].dropna().to_numpy(dtype=np.float64) for run in runs]
+def _both_sides(runs: Sequence[Run], bars: Sequence[dict[str, float]], metric: str) -> list[dict[str, Any]]:
+    """The client's rows, then the server's: those of each clock apart, since they are different quantities."""
+    label, function = ROWS[metric]
+    rows = _rows(runs, bars, metric, f"{label}, client", "client", [run.ok for run in runs], definition(function))
+    for source, server in sorted({pair for run in runs for pair in run.told_by}):
+        clock = CLOCKS[source, server].get(metric)
+        if clock is not None:
+            told = [run.ok[(run.ok["server_source"] == source) & (run.ok["server_kind"] == server)] for run in runs]
+            name = f"{label}, server ({source}, {server})"
+            rows += _rows(runs, bars, f"server_{metric}", name, "server", told, clock.text)
+    return rows
+
+
+def _rows(
+    runs: Sequence[Run],
+    bars: Sequence[dict[str, float]],
+    metric: str,
+    label: str,
+    side: str,
+    tables: Sequence[pd.DataFrame],
+    meaning: str,
+) -> list[dict[str, Any]]:
+    """A row a run; of the server's side, a row each run of which it told by this clock."""
+    values = [table[metric].dropna().to_numpy(dtype=np.float64) for table in tables]
     if not any(len(one) for one in values):
         return []
     rows: list[dict[str, Any]] = []
     for number, (run, of_run) in enumerate(zip(runs, values, strict=True)):
+        if side == "server" and not len(of_run):
+            continue
         row: dict[str, Any] = {
             "metric": metric,
             "label": label,
             "side": side,
+            "definition": meaning,
             "run": run.shown_name,
-            "first": number == 0,
+            "first": not rows,
             "unit": "s",
         }
         row |= dict.fromkeys(("mean", "p50", "p95", "p99", "difference", "low", "high", "verdict"))

@@ -24,8 +24,10 @@ TEXT_COLUMNS = ("server_source", "server_kind", "server_unmatched")
 NO_TIMINGS = "the response carried no timings of the server"
 NO_SPAN = "no span for this request came from the server"
 NO_LINE = "the server's log has no line for this request"
+NO_ID_IN_LOG = "the server's log has no id"
 TOLD_TWICE = "the server told of this request more than once, with different figures (was it sent again on the way?)"
 NO_ID = "rows that carry no id of a request"
+LINES_WITHOUT_ID = f"log lines, since {NO_ID_IN_LOG}"
 NOT_OURS = "spans of requests that are not among this run's"
 OTHER_LINES = "log lines of requests that are not among this run's (a log may reach further back)"
 NO_STAGE = "rows of something that target.stages does not name"
@@ -66,20 +68,6 @@ class Joined:
     columns: dict[str, list[Any]]  # server_*, one entry a request; text in TEXT_COLUMNS, else floats
     rows: dict[str, int] = field(default_factory=dict)  # source -> rows that it told
     unmatched_rows: dict[str, int] = field(default_factory=dict)  # why a row has no request -> rows
-
-
-DEFINITIONS: dict[str, dict[str, str]] = {
-    source: {
-        metric: " | ".join(
-            f"{server}: {clocks[metric].text}" for (told_by, server), clocks in CLOCKS.items()
-            if told_by == source and metric in clocks
-        )
-        for metric in METRICS
-        if any(metric in clocks for (told_by, _), clocks in CLOCKS.items() if told_by == source)
-    }
-    for source in SOURCES
-}  # fmt: skip
-"""The clocks of all servers, by source."""
 
 
 def in_band(server: Mapping[str, Any] | None, output_tokens: float) -> Timing | Unmatched:
@@ -189,7 +177,8 @@ def join(
         for number, (server, tokens) in enumerate(zip(in_band_timings, output_tokens, strict=True))
         if server is not None
     }
-    silence = NO_SPAN if seen["otlp"] else NO_LINE if seen["log"] else NO_TIMINGS
+    no_line = NO_ID_IN_LOG if seen["log"] == left[LINES_WITHOUT_ID] else NO_LINE
+    silence = NO_SPAN if seen["otlp"] else no_line if seen["log"] else NO_TIMINGS
     chosen = [_chosen(by_source, number, silence) for number in range(len(request_ids))]
     columns = _columns("server", chosen)
     columns["server_source"] = [timing.source if isinstance(timing, Timing) else None for timing in chosen]
@@ -217,7 +206,7 @@ def reasons(unmatched: Iterable[str | None]) -> dict[str, int]:
 def _why_not(row: ServerRequest) -> str:
     """Why a row is of none of the requests."""
     if not row.request_id and not row.trace_id:
-        return NO_ID
+        return LINES_WITHOUT_ID if row.source == "log" else NO_ID
     return OTHER_LINES if row.source == "log" else NOT_OURS
 
 

@@ -4,10 +4,11 @@ The only reader of run folders. Knows nothing of HTTP or Locust; computes with m
 """
 
 import contextlib
+import datetime
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -23,6 +24,7 @@ from twoclocks.errors import RunFolderError
 from twoclocks.expositions import Scrapes, label_text, quiet_scrape, read_scrapes
 from twoclocks.join import TEXT_COLUMNS, Joined, join
 from twoclocks.log_files import read_log_files
+from twoclocks.log_series import log_series, placed, zone_of
 from twoclocks.metrics import Chunks, Floats
 from twoclocks.record import TOKEN_KINDS, Kind, Record, read_records
 from twoclocks.server_logs import log_requests
@@ -41,6 +43,18 @@ _FLOATS = (
 
 
 @dataclass(frozen=True)
+class LogSeries:
+    """One series of the server's log: a figure of one engine, line by line, while the run lasted."""
+
+    name: str  # a key of log_series.MEANING
+    engine: str | None
+    unit: str
+    at: Floats  # seconds on the run's clock, by the server's wall clock
+    values: Floats
+    zone: str  # in which the log's times were read, where they say none
+
+
+@dataclass(frozen=True)
 class Run:
     """One run folder. Times in its tables are seconds on the run's clock; NaN where unknown."""
 
@@ -51,6 +65,7 @@ class Run:
     arrivals: Chunks  # the same chunks as ``chunks``, as arrays
     rows: dict[str, int]  # source -> requests that servers told of in spans and logs
     unmatched_rows: dict[str, int]  # those that joined no request of ours: why -> how many
+    log_series: list[LogSeries] = field(default_factory=list)  # what the server's log says of the engine over time
     short_name: str | None = None  # given where several runs stand side by side
 
     @property
@@ -105,6 +120,11 @@ class Run:
         rows = _json_lines(self.path / "self_samples.jsonl")
         return pd.DataFrame({name: [row.get(name) for row in rows] for name in columns})
 
+    @cached_property
+    def gpu_samples(self) -> list[dict[str, Any]]:
+        """The rows of gpu_samples.jsonl; none where no GPU was read."""
+        return _json_lines(self.path / "gpu_samples.jsonl")
+
     @property
     def partial(self) -> bool:
         """Whether the run never came to its end."""
@@ -133,6 +153,12 @@ class Run:
     def ok(self) -> pd.DataFrame:
         """The measured requests that ended ok: those whose latencies are summarised."""
         return self.measured[self.measured["status"] == "ok"]
+
+    @property
+    def told_by(self) -> list[tuple[str, str]]:
+        """(source, server) of each clock by which the server told of single requests that ended ok."""
+        pairs = self.ok[["server_source", "server_kind"]].dropna().drop_duplicates()
+        return sorted(zip(pairs["server_source"], pairs["server_kind"], strict=True))
 
     @cached_property
     def first_scrapes(self) -> list[int]:
@@ -167,8 +193,11 @@ def load_run(path: str | Path) -> Run:
     records, arrivals, lists = _read(folder / "requests.jsonl")
     experiment = _experiment(folder)
     frame = _requests(records, arrivals, lists)
-    joined = _join(folder, frame, stage_names(experiment))
-    return Run(folder, meta, experiment, frame, arrivals, joined.rows, joined.unmatched_rows)
+    lines = read_log_files(folder)  # may be large: parsed here, and not kept
+    joined = _join(folder, lines, frame, stage_names(experiment))
+    ends = [float(end) for end in (meta.get("ended_at"), frame["ended_at"].max()) if end is not None and end == end]
+    series = _log_series(lines, meta.get("started_at_unix"), max(ends, default=0.0))
+    return Run(folder, meta, experiment, frame, arrivals, joined.rows, joined.unmatched_rows, series)
 
 
 def _meta(folder: Path) -> dict[str, Any]:
@@ -295,9 +324,9 @@ def _requests(records: Sequence[Record], arrivals: Chunks, lists: _Lists) -> pd.
     return frame
 
 
-def _join(folder: Path, frame: pd.DataFrame, stages: Sequence[str]) -> Joined:
+def _join(folder: Path, lines: Sequence[str], frame: pd.DataFrame, stages: Sequence[str]) -> Joined:
     """Put what servers told of each request beside it."""
-    rows = chain(read_server_requests(folder / "server_requests.jsonl"), log_requests(read_log_files(folder)))
+    rows = chain(read_server_requests(folder / "server_requests.jsonl"), log_requests(lines))
     joined = join(list(frame["request_id"]), list(frame["server"]), frame["output_tokens"].tolist(), rows, stages)
     columns = {
         name: pd.Series(values, index=frame.index, dtype=object if name in TEXT_COLUMNS else np.float64)
@@ -305,6 +334,25 @@ def _join(folder: Path, frame: pd.DataFrame, stages: Sequence[str]) -> Joined:
     }
     frame[list(columns)] = pd.DataFrame(columns, index=frame.index)
     return joined
+
+
+def _log_series(lines: Sequence[str], started_at_unix: float | None, duration_s: float) -> list[LogSeries]:
+    """What the log says of the engine while the run lasted; nothing where the run's wall clock is not known."""
+    if started_at_unix is None:
+        return []
+    local = datetime.datetime.fromtimestamp(started_at_unix).astimezone().tzinfo or datetime.UTC
+    samples = list(log_series(lines))
+    zone = zone_of(samples, started_at_unix, duration_s, local)
+    offset = datetime.datetime.fromtimestamp(started_at_unix, zone).isoformat()[-len("+00:00") :]
+    found: dict[tuple[str, str | None, str], list[tuple[float, float]]] = {}
+    for at, sample in placed(samples, started_at_unix, zone):
+        if 0 <= at <= duration_s:
+            found.setdefault((sample.name, sample.engine, sample.unit), []).append((at, sample.value))
+    read_as = f"UTC{offset.removesuffix('+00:00')}"
+    return [
+        LogSeries(name, engine, unit, _floats([at for at, _ in pairs]), _floats([value for _, value in pairs]), read_as)
+        for (name, engine, unit), pairs in found.items()
+    ]
 
 
 def stage_names(experiment: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ left and right tell them apart without colour.
 """
 
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from twoclocks import expositions, metrics
-from twoclocks.buckets import Distribution
-from twoclocks.join import DEFINITIONS
-from twoclocks.load import Run
+from twoclocks.clocks import CLOCKS
+from twoclocks.load import LogSeries, Run
 from twoclocks.metrics import Floats, definition
 from twoclocks.server_names import COUNTERS
 from twoclocks.terminal import number
@@ -40,6 +40,9 @@ class Side:
 
     values: Floats
     silence: str = ""
+    meaning: str = ""  # start, stop and weight of what the server told
+    told_by: tuple[str, str] | None = None  # (source, server) of the server's values: one clock's, never several
+    left_out: int = 0  # requests whose figure another clock told
 
 
 @dataclass(frozen=True)
@@ -68,18 +71,22 @@ def violins(runs: Sequence[Run], path: Path, title: str) -> None:
 
 
 def timeline(run: Run, path: Path) -> None:
-    """Users and requests over the run, tokens a second, and KV cache usage where the server tells it, as a PNG."""
+    """Users and requests over the run, tokens a second, and KV cache usage where the server tells it, as a PNG.
+
+    The server by its /metrics as lines; by its log as points, joined to a line where /metrics has nothing of the kind.
+    """
     kv = [g for g in (expositions.gauge(s, "kv_cache_usage") for s in run.scrapes) if g]
-    rows = 3 if kv else 2
+    rows = 3 if kv or _of_log(run, "kv_usage") else 2
     figure = Figure(figsize=(12, 2.2 + 2.5 * rows), dpi=110, layout="constrained")
     figure.suptitle(printable(f"{run.name}: the run over time"), fontsize=14, fontweight="bold", x=0.01, ha="left")
     panels = figure.subplots(rows, 1, sharex=True)
     _concurrency(panels[0], run)
     _throughput(panels[1], run)
-    for times, usage in kv:
-        panels[2].plot(times, usage * 100, color=SERVER, lw=1.8)
-    if kv:
-        _finish(panels[2], "KV cache used (%), server")
+    for number_of, (times, usage) in enumerate(kv):
+        panels[2].plot(times, usage * 100, color=SERVER, lw=1.8, label="server, /metrics" if number_of == 0 else None)
+    if rows == 3:
+        _log(panels[2], run, "kv_usage", "server, log", bool(kv), 100)
+        _finish(panels[2], "KV cache used (%)")
     if np.isfinite(run.window).all():
         for axes in panels:
             axes.axvspan(*run.window, color="#000000", alpha=0.04, lw=0, zorder=0)
@@ -95,43 +102,45 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
         ("e2e", "Request duration (E2E)", metrics.e2e),
     ):
         pairs = [(Side(run.ok[metric].dropna().to_numpy(), "no value"), _server_side(run, metric)) for run in runs]
-        sources = sorted({source for run in runs for source in run.ok["server_source"].dropna()})
-        told = [
-            f"Server ({source}): {DEFINITIONS[source][metric]}." for source in sources if metric in DEFINITIONS[source]
-        ]
-        panels.append(Panel(name, pairs, [f"Client: {definition(function)}", *told]))
-    pairs = [(Side(run.gaps.seconds, "no value"), Side(np.array([]), _itl_mean(run))) for run in runs]
-    notes = [f"Client: {definition(metrics.chunk_gaps)}"]
-    if any("mean" in server.silence for _, server in pairs):
-        notes += [f"Server: {gained.definition}." for gained in _told_itl(runs)]
+        panels.append(Panel(name, pairs, [f"Client: {definition(function)}", *_told_notes(runs, pairs)]))
+    silence = "this server tells\nno single gaps"
+    pairs = [(Side(run.gaps.seconds, "no value"), _window_mean(run, "itl", silence)) for run in runs]
+    notes = [f"Client: {definition(metrics.chunk_gaps)}", *_told_notes(runs, pairs)]
     panels.append(Panel("Inter-token latency (ITL), chunk gaps", pairs, notes))
     return panels
 
 
+def _told_notes(runs: Sequence[Run], pairs: Sequence[tuple[Side, Side]]) -> list[str]:
+    """What the server's figures in a panel mean, each once, and how many requests another clock told of."""
+    sides = [server for _, server in pairs]
+    notes = list(dict.fromkeys(side.meaning for side in sides if side.meaning))
+    for run, side in zip(runs, sides, strict=True):
+        if side.left_out:
+            of = f" of {run.shown_name}" if len(runs) > 1 else ""
+            notes.append(f"Left out{of}: {side.left_out:,} requests whose figure another clock of the server told.")
+    return notes
+
+
 def _server_side(run: Run, metric: str) -> Side:
-    values = run.ok[f"server_{metric}"].dropna().to_numpy()
-    if len(values):
-        return Side(values)
-    mean = _window_mean(run, metric)
-    nothing = "no per-request figure\nfrom this server"
-    return Side(values, f"{nothing};\nits /metrics mean:\n{number(mean, 's')} ms" if mean is not None else nothing)
+    """What the server says of single requests; where it told them by several clocks, the one that told most."""
+    told = run.ok[run.ok[f"server_{metric}"].notna()]
+    if len(told):
+        clocks = Counter(zip(told["server_source"], told["server_kind"], strict=True))
+        ((source, kind), _), *_ = clocks.most_common(1)
+        own = told[(told["server_source"] == source) & (told["server_kind"] == kind)]
+        values = own[f"server_{metric}"].to_numpy(dtype=np.float64)
+        meaning = f"Server ({source}, {kind}): {CLOCKS[source, kind][metric].text}."
+        return Side(values, meaning=meaning, told_by=(source, kind), left_out=len(told) - len(own))
+    return _window_mean(run, metric, "no per-request figure\nfrom this server")
 
 
-def _itl_mean(run: Run) -> str:
-    mean = _window_mean(run, "itl")
-    nothing = "this server tells\nno single gaps"
-    return f"{nothing};\nits /metrics mean:\n{number(mean, 's')} ms a step" if mean is not None else nothing
-
-
-def _told_itl(runs: Sequence[Run]) -> list[Distribution]:
-    """What the servers of the runs told of their ITL, a definition once."""
-    told = (expositions.histogram_delta(run.scrapes, run.first_scrapes, "itl") for run in runs)
-    return list({gained.definition: gained for gained in told if gained is not None}.values())
-
-
-def _window_mean(run: Run, metric: str) -> float | None:
+def _window_mean(run: Run, metric: str, nothing: str) -> Side:
+    """No values, but the mean that the server's /metrics tell of the window, if they do."""
     gained = expositions.histogram_delta(run.scrapes, run.first_scrapes, metric)
-    return gained.mean if gained is not None and gained.count else None
+    if gained is None or not gained.count:
+        return Side(np.array([]), nothing)
+    silence = f"{nothing};\nits /metrics mean:\n{number(gained.mean, 's')} ms"
+    return Side(np.array([]), silence, f"Server (/metrics): {gained.definition}.")
 
 
 def _draw(axes: Axes, panel: Panel, names: list[str], footnote_width: int) -> None:
@@ -153,7 +162,13 @@ def _draw(axes: Axes, panel: Panel, names: list[str], footnote_width: int) -> No
         axes.text(0.5, 0.5, "no measured request has a value", transform=axes.transAxes, ha="center", color=QUIET)
     axes.set_xlim(-0.62, len(names) - 0.38)
     counts = [" | ".join(f"{len(side.values):,}" for side in pair if len(side.values)) or "0" for pair in panel.pairs]
-    labels = [f"{printable(textwrap.fill(name, 28))}\nn = {n}" for name, n in zip(names, counts, strict=True)]
+    clocks = [server.told_by for _, server in panel.pairs]
+    # where runs were told by different clocks, each says by which
+    whose = [f" ({', '.join(clock)})" if clock and len({*clocks} - {None}) > 1 else "" for clock in clocks]
+    labels = [
+        f"{printable(textwrap.fill(name, 28))}\nn = {n}{clock}"
+        for name, n, clock in zip(names, counts, whose, strict=True)
+    ]
     axes.set_xticks(range(len(names)), labels, fontsize=10)
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="y", color="#000000", alpha=0.12, lw=0.7)
@@ -241,8 +256,10 @@ def _concurrency(axes: Axes, run: Run) -> None:
     for name, look in (("running", "-"), ("waiting", ":")):
         for number_of, scrapes in enumerate(run.scrapes):
             if found := expositions.gauge(scrapes, name):
-                label = f"{name}, server" if number_of == 0 else None
+                label = f"{name}, server, /metrics" if number_of == 0 else None
                 axes.plot(*found, color=SERVER, ls=look, lw=1.8, label=label)
+        lines = any(expositions.gauge(scrapes, name) for scrapes in run.scrapes)
+        _log(axes, run, f"requests_{name}", f"{name}, server, log", lines, look=look)
     _finish(axes, "requests")
 
 
@@ -251,14 +268,32 @@ def _throughput(axes: Axes, run: Run) -> None:
     arrived = metrics.arrived_tokens(run.arrivals, run.requests["output_tokens"].to_numpy())
     if len(run.arrivals.at):
         total, edges = np.histogram(run.arrivals.at, bins=_bins(run), weights=arrived)
-        axes.stairs(total / np.diff(edges), edges, color=CLIENT, lw=1.8, label="output tokens/s, client (by arrival)")
+        axes.stairs(total / np.diff(edges), edges, color=CLIENT, lw=1.8, label="client, by arrival")
+    label: str | None = "server, /metrics (rise of a counter)"
+    counted = False
     for scrapes in run.scrapes:
         columns = [i for i, (name, _) in enumerate(scrapes.series) if name in COUNTERS["generation_tokens"]]
         if columns and len(scrapes.at) > 1:
             rate = np.diff(np.nansum(scrapes.values[:, columns], axis=1)) / np.diff(scrapes.at)
-            label = "generation tokens/s, server (counter)"
             axes.stairs(rate, scrapes.at, color=SERVER, lw=1.4, label=label, baseline=None)
-    _finish(axes, "tokens/s")
+            label, counted = None, True
+    _log(axes, run, "generation_throughput", "server, log (since its line before)", counted)
+    _finish(axes, "output tokens/s")
+
+
+def _of_log(run: Run, name: str) -> list[LogSeries]:
+    """The series of this name, of whatever server, an entry an engine."""
+    return [series for series in run.log_series if series.name.rpartition(":")[2] == name]
+
+
+def _log(axes: Axes, run: Run, name: str, label: str, beside: bool, factor: float = 1, look: str = "-") -> None:
+    """What the server's log says of it, engine by engine; points alone where /metrics is drawn ``beside``."""
+    fill = "none" if look == ":" else SERVER
+    for number_of, series in enumerate(_of_log(run, name)):
+        axes.plot(
+            series.at, series.values * factor, color=SERVER, ls="none" if beside else look, lw=1.2, marker="o", ms=4.5,
+            mfc=fill, label=label if number_of == 0 else None,
+        )  # fmt: skip
 
 
 def _bins(run: Run) -> Floats:
@@ -278,7 +313,7 @@ def _open_spans(begin: Floats, end: Floats) -> tuple[Floats, Floats]:
 
 def _finish(axes: Axes, label: str) -> None:
     axes.set_ylabel(label)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.03 * axes.get_ylim()[1])
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=label == "requests"))
     axes.grid(color="#000000", alpha=0.12, lw=0.7)
     axes.spines[["top", "right"]].set_visible(False)

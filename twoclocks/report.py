@@ -13,6 +13,7 @@ import jinja2
 
 from twoclocks import terminal
 from twoclocks.errors import RunFolderError, plain
+from twoclocks.histogram_plot import server_histograms
 from twoclocks.load import Run, load_run
 from twoclocks.plots import timeline, violins
 from twoclocks.summary import cut_up, summarise
@@ -22,6 +23,7 @@ from twoclocks.waterfall_plot import waterfall_plot
 VIOLIN = Path("plots") / "client_vs_server_violin.png"
 TIMELINE = Path("plots") / "timeline.png"
 WATERFALL = Path("plots") / "waterfall.png"
+HISTOGRAMS = Path("plots") / "server_histograms.png"
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ def build(folder: str | Path, progress: Callable[[str], None] = lambda _: None) 
         violins([run], run.path / VIOLIN, heading(run))
         timeline(run, run.path / TIMELINE)
         waterfall_plot(*cut_up(run), run.path / WATERFALL, heading(run))
+        has_histograms = server_histograms(run, run.path / HISTOGRAMS)
         html = run.path / "report.html"
-        html.write_text(_html(run, summary), encoding="utf-8")
+        html.write_text(_html(run, summary, has_histograms), encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"{error.filename or run.path}: cannot be written: {error.strerror}") from None
     return Report(summary, html, run.path / VIOLIN)
@@ -80,8 +83,20 @@ def page(template: str, **values: Any) -> str:
         instrument=terminal.instrument,
         resolved=terminal.resolved,
         told_by=terminal.told_by,
+        row_name=terminal.row_name,
+        told_how=terminal.told_how,
         metric_name=terminal.metric_name,
         stage_words=terminal.stage_words,
+        stage_clocks=terminal.stage_clocks,
+        engine_name=terminal.engine_name,
+        caveats=terminal.caveats,
+        series_name=terminal.series_name,
+        series_unit=terminal.series_unit,
+        log_weight=terminal.LOG_WEIGHT,
+        gpu_headings=terminal.GPU_HEADINGS,
+        gpu_row=terminal.gpu_row,
+        gpu_rows=terminal.gpu_rows,
+        gpu_words=terminal.gpu_words,
         add_up=terminal.ADD_UP,
         plain_lines=lambda text: "\n".join(plain(line) for line in text.splitlines()),
         short=terminal.SHORT,
@@ -107,7 +122,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _html(run: Run, summary: dict[str, Any]) -> str:
+def _html(run: Run, summary: dict[str, Any], has_histograms: bool) -> str:
     figures, meta = summary["figures"], run.meta
     target = [meta.get("target", {}).get(key) for key in ("server", "server_version", "api", "model", "url")]
     started = meta.get("started_at_unix")
@@ -122,6 +137,7 @@ def _html(run: Run, summary: dict[str, Any]) -> str:
         violin=picture(run.path / VIOLIN),
         timeline=picture(run.path / TIMELINE),
         waterfall=picture(run.path / WATERFALL),
+        histograms=picture(run.path / HISTOGRAMS) if has_histograms else None,
         setting=_setting(meta),
         experiment=experiment.read_text(encoding="utf-8") if experiment.exists() else "",
     )

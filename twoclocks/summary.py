@@ -17,7 +17,10 @@ from twoclocks.calibration import Calibration, calibration_of, error_bars
 from twoclocks.checks import checks, joined
 from twoclocks.clocks import CLOCKS, METRICS, PAGE, SILENCES, silences
 from twoclocks.expositions import Scrapes
-from twoclocks.load import Run, stage_names, stage_urls
+from twoclocks.gpu_summary import DEFINITIONS as GPU_DEFINITIONS
+from twoclocks.gpu_summary import gpu_figures
+from twoclocks.load import LogSeries, Run, stage_names, stage_urls
+from twoclocks.log_series import MEANING
 from twoclocks.metrics import Floats, definition
 from twoclocks.scraped import SAME_TRAFFIC, server_window
 from twoclocks.verdict import verdict
@@ -67,7 +70,11 @@ def summarise(run: Run) -> dict[str, Any]:
         "untold": _untold(run),
         "scraped": _scraped(run),
         "server_window": server_window(run),
-        "checks": checks(run, cut),
+        "log_series": _log_series(run),
+        "gpu": _gpu(run),
+        "gpu_definitions": GPU_DEFINITIONS,
+        "side_effects": expositions.side_effects(run.all_scrapes),
+        "checks": [check | {"definition": _check_definition(run, check["name"])} for check in checks(run, cut)],
     }
     cleaned: dict[str, Any] = _clean(summary)
     return cleaned
@@ -165,9 +172,6 @@ def slo_limits(experiment: Mapping[str, Any]) -> dict[str, float]:
 
 def _figures(run: Run) -> dict[str, Any]:
     measured, ok, window = run.measured, run.ok, run.window
-    output_tokens = run.requests["output_tokens"].to_numpy()
-    arrived = metrics.arrived_tokens(run.arrivals, output_tokens)
-    counted = np.isin(run.arrivals.request, run.requests.index[run.requests["phase"] != "warmup"])
     limits = slo_limits(run.experiment)
     good = metrics.meets_slo(
         (measured["status"] == "ok").to_numpy(), {name: measured[name].to_numpy() for name in limits}, limits
@@ -200,11 +204,7 @@ def _figures(run: Run) -> dict[str, Any]:
         "request_throughput": one(
             metrics.request_throughput(ended, window), "requests/s", definition(metrics.request_throughput)
         ),
-        "output_throughput": one(
-            metrics.output_throughput(run.arrivals.at[counted], arrived[counted], window),
-            "tokens/s",
-            definition(metrics.output_throughput),
-        ),
+        "output_throughput": one(_output_throughput(run), "tokens/s", definition(metrics.output_throughput)),
         "output_tokens": one(_total(ok["output_tokens"]), "tokens", "output tokens of the requests that ended ok"),
         "prompt_tokens": one(_total(ok["prompt_tokens"]), "tokens", "prompt tokens of the requests that ended ok"),
         "ttft": many(ok["ttft"].to_numpy(), "s", definition(metrics.ttft)),
@@ -309,9 +309,45 @@ def _stages(run: Run) -> list[dict[str, Any]]:
                 {
                     "outer": outer, "inner": inner, "metric": measure, "unit": "s", "n": count,
                     "outer_mean": one, "inner_mean": other, "between": one - other, "how": how,
+                    "outer_definition": _stage_definition(run, outer, measure, bool(len(pair))),
+                    "inner_definition": _stage_definition(run, inner, measure, bool(len(pair))),
                 }
             )  # fmt: skip
     return rows
+
+
+def _stage_definition(run: Run, place: str, measure: str, single: bool) -> str:
+    """What starts and stops the clock of one place on the way, and the weight of one observation."""
+    if place == "client":
+        return definition(getattr(metrics, measure))
+    if place == "server" and single:
+        return " | ".join(CLOCKS[pair][measure].text for pair in run.told_by if measure in CLOCKS[pair])
+    if place == "server":
+        server = expositions.histogram_delta(run.scrapes, run.first_scrapes, measure)
+        return server.definition if server is not None else ""
+    if single:
+        return f"span of {place}: its start -> its {'end' if measure == 'e2e' else 'first token'}. One value a request"
+    stage = next(stage for stage in run.experiment["target"]["stages"] if stage["name"] == place)
+    return f"{stage['histogram']}: {place} has the request -> its first byte or token. One observation a request"
+
+
+def _check_definition(run: Run, name: str) -> str:
+    """What the server's figures in a check mean; empty where it holds none."""
+    metric, _, other = name.partition("_agree")
+    if other.startswith("_with_counter"):
+        gain = expositions.counter_gain(run.scrapes, run.first_scrapes, _COUNTED[metric])
+        return f"{' and '.join(gain.names)}: counted {gain.definition}" if gain else ""
+    told = {"client_after_server": ("ttft", "queue", "prefill")}.get(name, (metric,))
+    texts = [
+        f"{measure} ({source}, {server}): {CLOCKS[source, server][measure].text}"
+        for source, server in run.told_by for measure in told if measure in CLOCKS[source, server]
+    ]  # fmt: skip
+    histogram = "ttft" if name == "only_our_traffic" else metric if other == "s_with_histogram" else None
+    gained = expositions.histogram_delta(run.scrapes, run.first_scrapes, histogram) if histogram else None
+    return ". ".join([*texts, *([f"{' and '.join(gained.names)}: {gained.definition}"] if gained else [])])
+
+
+_COUNTED = {"output_tokens": "generation_tokens", "prompt_tokens": "prompt_tokens"}
 
 
 def _stage_mean(run: Run, stage: Mapping[str, Any]) -> float | None:
@@ -341,6 +377,38 @@ def _untold(run: Run) -> list[str]:
         return []
     told = {metric for metric in METRICS if run.ok[f"server_{metric}"].notna().any()}
     return silences(kind, told | ({PAGE} if any(len(scrapes.at) for scrapes in run.scrapes) else set()))
+
+
+def _log_series(run: Run) -> list[dict[str, Any]]:
+    """Mean and maximum of what the server's log said of the engine in the measuring window, a row a series."""
+
+    def row(series: LogSeries) -> dict[str, Any]:
+        values = series.values[(series.at >= run.window[0]) & (series.at <= run.window[1])]
+        return {
+            "name": series.name,
+            "engine": series.engine,
+            "unit": series.unit,
+            "n": len(values),
+            "mean": float(values.mean()) if len(values) else None,
+            "max": float(values.max()) if len(values) else None,
+            "definition": MEANING[series.name],
+            "zone": series.zone,
+        }
+
+    return [row(series) for series in run.log_series]
+
+
+def _gpu(run: Run) -> list[dict[str, Any]]:
+    """What each GPU did in the measuring window, and all of them together; energy per token that arrived in it."""
+    throughput, length = _output_throughput(run), run.window[1] - run.window[0]
+    return gpu_figures(run.gpu_samples, run.window, throughput * length if math.isfinite(throughput) else None)
+
+
+def _output_throughput(run: Run) -> float:
+    """Of all phases but the warm-up, tokens/s."""
+    arrived = metrics.arrived_tokens(run.arrivals, run.requests["output_tokens"].to_numpy())
+    counted = np.isin(run.arrivals.request, run.requests.index[run.requests["phase"] != "warmup"])
+    return metrics.output_throughput(run.arrivals.at[counted], arrived[counted], run.window)
 
 
 def _slo(run: Run) -> dict[str, Any] | None:
@@ -385,6 +453,12 @@ def _partial(run: Run) -> str | None:
 def _notes(run: Run) -> list[str]:
     lost = run.meta.get("lost_records")
     told = [f"{lost} records were lost on their way from the workers; they are in no figure."] if lost else []
+    errors = [row for row in run.gpu_samples if "error" in row]
+    for where in dict.fromkeys(row.get("host") for row in errors):
+        of_host = [row for row in errors if row.get("host") == where]
+        told.append(f"The GPUs of {where} could not be read {len(of_host)} times, lastly: {of_host[-1]['error']}")
+    if run.log_series:
+        told.append(f"Times in the server's log that name no zone were read as {run.log_series[0].zone}.")
     return [str(note) for note in run.meta.get("notes") or []] + told
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from twoclocks.errors import plain
+from twoclocks.gpu_summary import DEFINITIONS as GPU_DEFINITIONS
 
 WIDTH = 118
 LABELS = {
@@ -43,7 +44,7 @@ def number(value: float | None, unit: str) -> str:
 
 def shown_unit(unit: str) -> str:
     """The unit that `number` shows."""
-    return {"s": "ms", "share": ""}.get(unit, unit)
+    return {"s": "ms", "share": "", "1": ""}.get(unit, unit)
 
 
 def bucket(interval: dict[str, float | None] | None) -> str:
@@ -78,9 +79,13 @@ def render(summary: dict[str, Any]) -> RenderableType:
         parts.append(_bullets("What this server does not tell", map(Text, summary["untold"])))
     if summary["server_window"]:
         parts.append(_server_window(summary["server_window"], summary["scraped"]))
+    if summary["log_series"]:
+        parts.append(_log_series(summary["log_series"]))
+    if summary["gpu"]:
+        parts.append(_gpu(summary["gpu"]))
     parts += [_bullets("Checks", _check_lines(summary["checks"]))]
-    if summary["notes"]:
-        parts.append(_bullets("Notes", (Text(plain(note)) for note in summary["notes"])))
+    if notes := [*summary["notes"], *summary["side_effects"]]:
+        parts.append(_bullets("Notes", (Text(plain(note)) for note in notes)))
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
 
 
@@ -187,11 +192,30 @@ def _client_vs_server(rows: list[dict[str, Any]]) -> RenderableType:
         told = "" if row["statistic"] == "p50" else row["what_differs"]
         values = [number(row[key], "s") for key in ("client", "server", "difference")]
         values[-1] += resolved(row)
-        name, last = f"{SHORT[row['metric']]} {row['statistic']}", row["statistic"] == "p50"
-        table.add_row(name, f"{row['n']:,}", *values, told, end_section=last)
+        last = row["statistic"] == "p50"
+        table.add_row(row_name(row, rows), f"{row['n']:,}", *values, told, end_section=last)
     clocks = {(row["metric"], told_by(row)): row["server_definition"] for row in rows if row["client"] is not None}
     lines = (Text.assemble((f"{SHORT[metric]} ({who}): ", "bold"), text) for (metric, who), text in clocks.items())
     return Group(table, _bullets("The server's clock, of single requests", lines))
+
+
+SOURCES = {
+    "in-band": "timings inside the response",
+    "otlp": "spans that the server sent",
+    "log": "lines of the server's log",
+}
+
+
+def told_how(rows: list[dict[str, Any]]) -> str:
+    """Whose words the figures of single requests are, and how they came, as a sentence."""
+    whose = dict.fromkeys((told_by(row), SOURCES[row["source"]]) for row in rows)
+    return "Server: " + "; ".join(f"{who} ({how})" for who, how in whose) + "."
+
+
+def row_name(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """A metric and its statistic; where several clocks told of it, whose it is, too."""
+    several = len({told_by(one) for one in rows if one["metric"] == row["metric"]}) > 1
+    return f"{SHORT[row['metric']]} {row['statistic']}" + (f" ({told_by(row)})" if several else "")
 
 
 def told_by(row: dict[str, Any]) -> str:
@@ -203,7 +227,7 @@ def _waterfall(waterfall: dict[str, Any]) -> RenderableType:
     """A row a part; parts whose mean is the whole's, percentiles each one's own."""
     who = f"{waterfall['n']:,} requests, {waterfall['how']} ({told_by(waterfall)})"
     title = f"Where the time to the first token went: {who}, in ms"
-    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("part", min_width=30)
     for heading in ("mean", "share", "p50", "p95", "p99", "negative in"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -215,7 +239,8 @@ def _waterfall(waterfall: dict[str, Any]) -> RenderableType:
         Text.assemble((f"{plain(bar['label'])}: ", "bold"), plain(bar["definition"]), ".") for bar in waterfall["bars"]
     )
     remark = Text(ADD_UP, style="dim")
-    return Group(table, Text(plain(waterfall["words"]), style="bold"), remark, _bullets("The parts", clocks))
+    words = Text(plain(waterfall["words"]), style="bold")
+    return Group(Text(title, style="bold"), table, words, remark, _bullets("The parts", clocks))
 
 
 ADD_UP = "Means add up to the mean of the whole; percentiles are each part's own and do not add up."
@@ -223,9 +248,18 @@ ADD_UP = "Means add up to the mean of the whole; percentiles are each part's own
 
 def _parting(decodes: list[dict[str, Any]], stages: list[dict[str, Any]]) -> RenderableType:
     """Where client and server part after the first token, and what lies between neighbouring stages."""
-    lines = [Text(f"{one['words']} ({told_by(one)}; {one['client']['n']:,} requests)") for one in decodes]
-    lines += [Text(plain(stage_words(row))) for row in stages]
+    lines = [
+        Text(f"{one['words']} ({told_by(one)}; {one['client']['n']:,} requests; server: {one['server_definition']}.)")
+        for one in decodes
+    ]
+    for row in stages:
+        lines += [Text(plain(stage_words(row))), Text("  " + plain(stage_clocks(row)), style="dim")]
     return _bullets("Where client and server part", lines)
+
+
+def stage_clocks(row: dict[str, Any]) -> str:
+    """What starts and stops the two clocks of a step between stages."""
+    return " ".join(f"{row[side]}: {row[f'{side}_definition'].rstrip('.')}." for side in ("outer", "inner"))
 
 
 def stage_words(row: dict[str, Any]) -> str:
@@ -245,20 +279,27 @@ def scraped_span(scraped: dict[str, Any]) -> str:
 
 def metric_name(row: dict[str, Any]) -> str:
     """A short name of what a histogram of the server tells."""
-    return SHORT.get(row["metric"]) or str(row["title"])
+    since = " since the restart" if row["since_restart"] else ""
+    return (SHORT.get(row["metric"]) or str(row["title"])) + since
+
+
+def engine_name(engine: dict[str, Any]) -> str:
+    """One engine of one server: its labels, without those of its model, and where it was read."""
+    labels = ", ".join(f"{name} {value}" for name, value in engine["labels"].items() if name != "model_name")
+    return plain(f"{labels} at {engine['url']}" if labels else engine["url"])
 
 
 def _server_window(rows: list[dict[str, Any]], scraped: dict[str, Any]) -> RenderableType:
     title = "Means over the scraped window: the server's /metrics (all that it answered) beside the tool's, in ms"
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric", no_wrap=True)
-    for heading in ("n", "tool", "n", "server", "difference"):
+    for heading in ("n", "tool mean", "n", "server mean", "difference"):
         table.add_column(heading, justify="right", no_wrap=True)
     for p in (50, 99):
         table.add_column(f"server p{p}", no_wrap=True)
     for row in rows:
         table.add_row(
-            f"{metric_name(row)} mean",
+            metric_name(row),
             f"{row['client_n']:,}" if row["client_n"] else "–",
             number(row["client_mean"], "s"),
             f"{row['server_n']:,}",
@@ -269,9 +310,114 @@ def _server_window(rows: list[dict[str, Any]], scraped: dict[str, Any]) -> Rende
     remarks = [scraped_span(scraped), "Percentiles are read from buckets: lower .. upper bound (~estimate)."]
     if any(row["client_n"] and row["difference"] is None for row in rows):
         remarks.append("No difference where the two sides do not have the same number of observations.")
-    remarks += dict.fromkeys(plain(caveat).rstrip(".") + "." for row in rows for caveat in row["caveats"])
-    clocks = (Text.assemble((f"{metric_name(row)}: ", "bold"), row["server_definition"], ".") for row in rows)
+    clocks = (
+        Text.assemble((f"{metric_name(row)}: ", "bold"), row["server_definition"], ".", (caveats(row), "yellow"))
+        for row in rows
+    )
     return Group(table, Text(" ".join(remarks), style="dim"), _bullets("The server's clock", clocks))
+
+
+def caveats(row: dict[str, Any]) -> str:
+    """What is amiss with a figure of the server's /metrics, as sentences; nothing where nothing is."""
+    told = (plain(caveat).rstrip(".") for caveat in row["caveats"])
+    return "".join(f" {caveat[:1].upper()}{caveat[1:]}." for caveat in told)
+
+
+def _log_series(rows: list[dict[str, Any]]) -> RenderableType:
+    table = Table(
+        title="What the server's log says of the measuring window, line by line", title_style="bold",
+        title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
+    )  # fmt: skip
+    for heading in ("series", "unit", "lines", "mean", "max"):
+        table.add_column(heading, justify="left" if heading in ("series", "unit") else "right", no_wrap=True)
+    for row in rows:
+        unit = series_unit(row)
+        values = [number(row[key], unit) for key in ("mean", "max")]
+        table.add_row(Text(plain(series_name(row))), shown_unit(row["unit"]), f"{row['n']:,}", *values)
+    meanings = dict.fromkeys((series_words(row), row["definition"]) for row in rows)
+    lines = (Text.assemble((f"{name}: ", "bold"), meaning, ".") for name, meaning in meanings)
+    return Group(table, Text(LOG_WEIGHT, style="dim"), _bullets("What the log's figures mean", lines))
+
+
+LOG_WEIGHT = "A mean of lines: each line weighs the same, whatever it tells of."
+
+
+def series_words(row: dict[str, Any]) -> str:
+    """A series of the server's log in words: ``log:vllm:kv_usage`` -> ``vllm, kv usage``."""
+    _, server, name = row["name"].split(":")
+    return f"{server}, {name.replace('_', ' ').replace('kv ', 'KV cache ')}"
+
+
+def series_name(row: dict[str, Any]) -> str:
+    """With its engine, where the log names one."""
+    return series_words(row) + (f" (engine {row['engine']})" if row["engine"] is not None else "")
+
+
+def series_unit(row: dict[str, Any]) -> str:
+    """The unit for `number`: a mean of whole numbers keeps its decimals."""
+    if row["unit"] == "1" and not row["name"].endswith("acceptance_length"):
+        return "share"
+    return "s" if row["unit"] == "s" else ""
+
+
+GPU_HEADINGS = {
+    "GPU": "its number and name, and the machine it was read from if that is another one",
+    "busy, mean (max)": GPU_DEFINITIONS["utilisation_mean"],
+    "memory, peak of all, GiB": GPU_DEFINITIONS["memory_peak_bytes"],
+    "power, W": GPU_DEFINITIONS["power_mean_w"],
+    "energy, J": "by the GPU's own counter, or by its power over time, as told above",
+    "clock, MHz": "clock of its processors, mean of the samples",
+    "max °C": "highest temperature of the samples",
+    "held down": GPU_DEFINITIONS["throttled_share"],
+}
+"""Columns of the GPU table -> what they mean."""
+
+
+def gpu_row(gpu: dict[str, Any]) -> list[str]:
+    """The cells of one entry of ``gpu``, as GPU_HEADINGS names them; of all GPUs together only power and energy."""
+    power = [number(gpu["power_mean_w"], "W"), number(gpu["energy_j"], "J")]
+    if gpu["gpu"] == "all":
+        return [f"all {gpu['gpus']}", "", "", *power, "", "", ""]
+    name = ", ".join(str(part) for part in (f"{gpu['gpu']}: {gpu['name']}", gpu["host"]) if part)
+    memory = [None if gpu[key] is None else gpu[key] / 2**30 for key in ("memory_peak_bytes", "memory_total_bytes")]
+    held = ", ".join(f"{reason} {number(share, 'share')}" for reason, share in gpu["throttle_reasons"].items())
+    clock = gpu["sm_clock_mean_hz"]
+    return [
+        plain(name),
+        f"{number(gpu['utilisation_mean'], 'share')} ({number(gpu['utilisation_max'], 'share')})",
+        " of ".join(number(size, "GiB") for size in memory),
+        *power,
+        f"{clock / 1e6:,.0f}" if clock is not None else "–",
+        f"{gpu['temperature_max_c']:.0f}" if gpu["temperature_max_c"] is not None else "–",
+        number(gpu["throttled_share"], "share") + (f" ({held})" if held else ""),
+    ]
+
+
+def gpu_words(gpus: list[dict[str, Any]]) -> str:
+    """Energy of a token, and how the energy was told."""
+    whole = gpus[-1]
+    joules, covered = whole["joules_per_output_token"], number(whole["covered_s"], "")
+    if whole["energy_j"] is None:
+        return "Not all of these GPUs tell their energy."
+    told = f"Energy by {whole['energy_source']}, over {covered} s of the window."
+    return told if joules is None else f"{joules:,.3g} J an output token. {told}"
+
+
+def gpu_rows(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those to show: the sum only where there are several."""
+    return gpus if len(gpus) > 2 else gpus[:1]
+
+
+def _gpu(gpus: list[dict[str, Any]]) -> RenderableType:
+    table = Table(title="GPUs in the measuring window", title_style="bold", title_justify="left", box=box.SIMPLE_HEAD,
+                  pad_edge=False)  # fmt: skip
+    for heading in GPU_HEADINGS:
+        table.add_column(heading, justify="left" if heading in ("GPU", "held down") else "right")
+    for gpu in gpu_rows(gpus):
+        table.add_row(*map(Text, gpu_row(gpu)))
+    meanings = GPU_HEADINGS | {"J an output token": GPU_DEFINITIONS["joules_per_output_token"]}
+    lines = (Text.assemble((f"{heading}: ", "bold"), meaning, ".") for heading, meaning in meanings.items())
+    return Group(table, Text(gpu_words(gpus), style="bold"), _bullets("What the GPU figures mean", lines))
 
 
 def _check_lines(checks: list[dict[str, Any]]) -> Iterable[Text]:

@@ -22,13 +22,6 @@ PATH = {
     "prefill": "prefill", "delivery": "delivery",
 }  # fmt: skip
 """What a request passes between its first byte and its first token, in order."""
-_HOLDS: dict[str, list[str]] = {
-    "tokenize": ["template", "tokenize"],
-    "validation": ["tokenize"],
-    "queue": ["queue"],
-    "prefill": ["prefill"],
-}
-"""Which steps of PATH a server's figure holds, by the names of clocks.METRICS."""
 INSIDE = ("template", "tokenize", "queue", "prefill")
 PERCENTILES = (50, 95, 99)
 ROUNDING_S = 1e-6
@@ -146,27 +139,11 @@ def _waterfall(
         Bar("connect", "connect", "connected_at - connect_started_at: TCP and TLS; 0 on a connection that was open",
             connect),
     ]  # fmt: skip
-    outside = ["http", "delivery"]
-    since, begun = at["sent_at"], "request's first byte"
-    if _all_known(at["written_at"]):
-        send = "written_at - sent_at: the request handed to the kernel"
-        bars.append(Bar("send", "send", send, at["written_at"] - since))
-        since, begun = at["written_at"], "request written"
-    else:
-        outside.append("send")
-    outer, place, outer_text = at["sent_at"] + at["ttft"] - since, "client", f"client: {begun} -> first token"
-    for stage in stages:
-        spans = at[f"stage_{stage}_ttft"]
-        if _all_known(spans):
-            text = f"{stage}'s span: receipt -> first token"
-            bars.append(
-                Bar(f"to {stage}", f"{place} to {stage}, and back", f"({outer_text}) - ({text})", outer - spans)
-            )
-            outer, place, outer_text = spans, stage, text
     inner = _inside(at, texts)
     missing = [name for name in INSIDE if not any(name in bar.name.split("+") for bar in inner)]
     is_whole = "ttft" in texts and who not in TTFT_IS_A_SUM and _all_known(at["server_ttft"])
     told = sum((bar.seconds for bar in inner), np.zeros_like(total))
+    outside = ["http", "delivery"]
     if is_whole:
         if missing:
             rest = f"server TTFT ({texts['ttft']}) - what it tells apart"
@@ -175,6 +152,22 @@ def _waterfall(
     else:
         outside += missing
         told_text = " - ".join(f"server's {bar.label}" for bar in inner)
+    passed = [stage for stage in stages if _all_known(at[f"stage_{stage}_ttft"])]
+    since, begun = at["sent_at"], "request's first byte"
+    if _all_known(at["written_at"]):
+        # who loses the processor within the call stamps its end late, when others have long been at work
+        room = np.maximum(at["ttft"] - (at[f"stage_{passed[0]}_ttft"] if passed else told), 0)
+        meaning = "written_at - sent_at: the request handed to the kernel; at most what the other clocks leave of TTFT"
+        send = Bar("send", "send", meaning, np.minimum(at["written_at"] - since, room))
+        bars.append(send)
+        since, begun = since + send.seconds, "request written"
+    else:
+        outside.append("send")
+    outer, place, outer_text = at["sent_at"] + at["ttft"] - since, "client", f"client: {begun} -> first token"
+    for stage in passed:
+        text, spans = f"{stage}'s span: receipt -> first token", at[f"stage_{stage}_ttft"]
+        bars.append(Bar(f"to {stage}", f"{place} to {stage}, and back", f"({outer_text}) - ({text})", outer - spans))
+        outer, place, outer_text = spans, stage, text
     definition = f"({outer_text}) - {told_text}" if told_text else outer_text
     definition += "; without a common clock its parts cannot be told apart"
     bar = _bar(outside, definition, outer - told)
