@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from twoclocks.servers import Server, ServerKind, started_server
+from twoclocks.servers import Server, ServerKind, free_port, started_server
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_NAME = "tiny-random-llama"
@@ -42,10 +42,17 @@ def started(kind: ServerKind, log_folder: Path, *flags: str) -> Iterator[Server]
 
 
 @pytest.fixture(scope="session")
-def real_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """vLLM with per-request metrics."""
-    folder = tmp_path_factory.mktemp("vllm")
-    yield from started("vllm", folder, "--max-model-len", "2048", "--max-num-seqs", "16")
+def otlp_port() -> int:
+    """Where the real vLLM sends its spans; whoever runs a test against it listens there."""
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def real_vllm(tmp_path_factory: pytest.TempPathFactory, otlp_port: int) -> Iterator[Server]:
+    """vLLM with per-request metrics and spans, and a KV cache so small that a few long answers fill it."""
+    flags = ["--max-model-len", "1024", "--max-num-seqs", "16", "--num-gpu-blocks-override", "9"]
+    flags += ["--otlp-traces-endpoint", f"http://127.0.0.1:{otlp_port}/v1/traces"]
+    yield from started("vllm", tmp_path_factory.mktemp("vllm"), *flags)
 
 
 @pytest.fixture(scope="session")

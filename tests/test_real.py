@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 import twoclocks
+from twoclocks.waterfall import waterfalls
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.real
 
 
-def run_against(server, tmp_path, **settings):
+def run_against(server, tmp_path, load=("-u", "4", "-r", "4", "-t", "5"), **settings):
     """The run folder of four users for a few seconds, as the command line makes it."""
     settings = {
         "target.url": server.url,
@@ -21,10 +22,12 @@ def run_against(server, tmp_path, **settings):
         "target.extra_body": "{temperature: 0}",
         "workload.max_tokens": 12,
         "collect.log": f"file:{server.log_path}",
+        "collect.otlp_port": "none",
+        "collect.otlp_grpc_port": "none",
         "output": tmp_path,
     } | settings
     command = [str(Path(sys.executable).with_name("locust")), "-f", "load_test.py", "--headless", "--only-summary"]
-    command += ["-u", "4", "-r", "4", "-t", "5"]
+    command += load
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -35,8 +38,15 @@ def run_against(server, tmp_path, **settings):
 
 
 @pytest.fixture(scope="module")
-def vllm_run(real_vllm, tmp_path_factory):
-    return run_against(real_vllm, tmp_path_factory.mktemp("vllm"))
+def vllm_run(real_vllm, otlp_port, tmp_path_factory):
+    return run_against(real_vllm, tmp_path_factory.mktemp("vllm"), **{"collect.otlp_port": otlp_port})
+
+
+@pytest.fixture(scope="module")
+def saturated_run(real_vllm, otlp_port, tmp_path_factory):
+    """Sixteen users whose long answers do not fit into the KV cache side by side."""
+    long = {"workload.max_tokens": 120, "workload.ignore_eos": "true", "collect.otlp_port": otlp_port}
+    return run_against(real_vllm, tmp_path_factory.mktemp("full"), ("-u", "16", "-r", "16", "-t", "8"), **long)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +88,55 @@ def test_vllm_says_its_version_and_stamps_are_the_kernels(vllm_run):
     assert run.meta["target"]["server_version"].startswith("0.")
     assert set(run.requests.timestamp_source) == {"kernel"}
     assert (vllm_run / "server.log").stat().st_size > 0
+
+
+@pytest.mark.parametrize("which", ["vllm_run", "saturated_run"])
+def test_vllm_spans_in_band_timings_and_histograms_tell_the_same(which, request):
+    folder = request.getfixturevalue(which)
+    run = twoclocks.load_run(folder)
+    ok = run.requests.query("status == 'ok'")
+    rows = [json.loads(line) for line in (folder / "server_requests.jsonl").read_text().splitlines()]
+
+    assert (ok.server_source == "otlp").all()
+    assert {row["request_id"] for row in rows} >= set(ok.request_id)
+    # two ways out of the same server, and a third that sums over all requests
+    for part in ("queue", "prefill", "decode"):
+        assert (ok[f"otlp_{part}"] - ok[f"in_band_{part}"]).abs().max() < 1e-3
+    window = {row["metric"]: row for row in json.loads((folder / "summary.json").read_text())["server_window"]}
+    seen = run.scraped
+    for metric in ("ttft", "queue", "prefill", "e2e"):
+        told = seen[f"server_{metric}"]
+        assert window[metric]["server_n"] == told.notna().sum() == len(seen)
+        assert window[metric]["server_mean"] == pytest.approx(told.mean(), rel=0.01)
+
+
+@pytest.mark.parametrize("which", ["vllm_run", "saturated_run"])
+def test_vllm_parts_of_the_waterfall_sum_to_the_clients_ttft(which, request):
+    ok = twoclocks.load_run(request.getfixturevalue(which)).ok
+    ok = ok[ok.ttft.notna()]
+    summed = sum(
+        bar.seconds.sum() for one in waterfalls({name: ok[name].to_numpy() for name in ok}) for bar in one.bars
+    )
+
+    assert summed == pytest.approx((ok.ttft + ok.sent_at - ok.intended_at).sum(), abs=1e-3 * len(ok))
+    assert (ok.ttft - ok.server_ttft).min() > -1e-3
+
+
+def test_vllm_saturated_waits_in_its_queue_and_the_report_says_so(vllm_run, saturated_run):
+    full, calm = twoclocks.load_run(saturated_run).ok, twoclocks.load_run(vllm_run).ok
+    text = (saturated_run / "summary.txt").read_text()
+
+    assert full.server_queue.mean() > 0.5 * full.ttft.mean() > calm.server_queue.mean()
+    assert "the server is saturated" in " ".join(text.split())
+    assert "the server is saturated" in (saturated_run / "report.html").read_text()
+    assert "the server is saturated" not in " ".join((vllm_run / "summary.txt").read_text().split())
+
+
+def test_what_transformers_does_not_tell_is_stated(transformers_run):
+    told = json.loads((transformers_run / "summary.json").read_text())
+
+    assert any("prefill" in sentence for sentence in told["untold"])
+    assert told["untold"][0] in " ".join((transformers_run / "summary.txt").read_text().split())
 
 
 def test_transformers_first_token_is_not_the_early_role_chunk(transformers_run):
