@@ -59,3 +59,9 @@ def real_vllm(tmp_path_factory: pytest.TempPathFactory, otlp_port: int) -> Itera
 def real_transformers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """`transformers serve` with continuous batching."""
     yield from started("transformers", tmp_path_factory.mktemp("transformers"))
+
+
+@pytest.fixture(scope="module")
+def one_at_a_time(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`transformers serve` as it starts by itself, without continuous batching."""
+    yield from started("transformers", tmp_path_factory.mktemp("plain"), "--no-continuous-batching")

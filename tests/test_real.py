@@ -139,6 +139,19 @@ def test_what_transformers_does_not_tell_is_stated(transformers_run):
     assert told["untold"][0] in " ".join((transformers_run / "summary.txt").read_text().split())
 
 
+def test_transformers_one_at_a_time_tells_nothing_and_the_report_says_so(one_at_a_time, tmp_path):
+    folder = run_against(one_at_a_time, tmp_path, **{"target.server": "transformers"})
+    told = json.loads((folder / "summary.json").read_text())
+    ok = twoclocks.load_run(folder).ok
+
+    assert len(ok) > 2
+    assert ok.server_source.isna().all()
+    assert told["join"]["joined"] == 0
+    assert any("continuous" in sentence for sentence in told["untold"])
+    assert told["untold"][0] in " ".join((folder / "summary.txt").read_text().split())
+    assert [bar["name"] for bar in told["waterfall"][0]["bars"]][-2] == "http+template+tokenize+queue+prefill+delivery"
+
+
 def test_transformers_first_token_is_not_the_early_role_chunk(transformers_run):
     run = twoclocks.load_run(transformers_run)
     ok = run.requests[run.requests.status == "ok"]

@@ -175,7 +175,8 @@ SILENCES: dict[Server, tuple[Silence, ...]] = {
     "transformers": (
         Silence((PAGE,), "its totals: it has no /metrics", None),
         Silence(("queue", "e2e"), "queue and duration of single requests",
-                "--continuous-batching --log-level debug, and set collect.log"),
+                "--continuous-batching and its logger ContinuousBatchingLogger at DEBUG (which --log-level does not "
+                "reach in 5.23; twoclocks.servers shows how), and set collect.log"),
         Silence(("ttft",), "time to first token, prefill and time per token", None),
     ),
     "sglang": (
