@@ -237,6 +237,7 @@ class Sample:
     at_ns: int
     cpu_s: float
     rss_bytes: int
+    collecting_s: float = 0.0  # CPU of the process that reads /metrics, spans and logs, among the rest
 
 
 def watch(process: subprocess.Popen[bytes], limit_s: float) -> list[Sample]:
@@ -257,16 +258,18 @@ def watch(process: subprocess.Popen[bytes], limit_s: float) -> list[Sample]:
 def sample(pid: int) -> Sample:
     """CPU and memory of a process and all its descendants, now."""
     tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
-    todo, ticks, pages = [pid], 0, 0
+    todo, ticks, pages, collecting = [pid], 0, 0, 0
     while todo:
         one = todo.pop()
         with contextlib.suppress(OSError):  # it may end while it is looked at
             fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
-            ticks += sum(int(value) for value in fields[11:15])  # user, system, and those of children that have ended
+            used = sum(int(value) for value in fields[11:15])  # user, system, and those of children that have ended
+            ticks += used
+            collecting += used if b"twoclocks.collector" in Path(f"/proc/{one}/cmdline").read_bytes() else 0
             pages += int(fields[21])
             for task in Path(f"/proc/{one}/task").iterdir():
                 todo += [int(child) for child in (task / "children").read_text().split()]
-    return Sample(time.monotonic_ns(), ticks / tick, pages * page)
+    return Sample(time.monotonic_ns(), ticks / tick, pages * page, collecting / tick)
 
 
 def measure(client: Client, load: Load, server_core: int, client_core: int) -> dict[str, Any]:
@@ -338,6 +341,7 @@ def figures(log: SentLog, samples: list[Sample], streams: Iterable[tuple[str, In
         "tokens": tokens,
         "tokens_per_s": tokens / ((last_ns - first_ns) / 1e9),
         "cpu_us_per_token": (end.cpu_s - start.cpu_s) / tokens * 1e6,
+        "collecting_cores": (end.collecting_s - start.collecting_s) / ((end.at_ns - start.at_ns) / 1e9),
         "peak_rss_bytes": max(one.rss_bytes for one in samples),
         "compared": found.compared,
         "not_compared": len(log.request_id) - found.compared,
@@ -386,6 +390,7 @@ COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("stamps", lambda row: row["stamps"]),
     ("merged reads", lambda row: "–" if row["merged"] is None else f"{row['merged']:,}"),
     ("kB/stream", lambda row: f"{row['kb_per_stream']:.0f}" if row.get("kb_per_stream") is not None else "–"),
+    ("collecting, cores", lambda row: f"{row['collecting_cores']:.3f}" if row.get("collecting_cores") else "–"),
     ("start-up, s", lambda row: f"{row['startup_s']:.2f}"),
     ("server late p99 / max, ms", lambda row: errors(row["server_lateness"], ("p99", "max"))),
     ("others, cores", lambda row: f"{row['others_cores']:.2f}" + (" DISTURBED" if disturbed(row) else "")),
