@@ -60,11 +60,24 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    shape: Literal["ramp"] = "ramp"
+    shape: Literal["ramp", "steps", "rate", "trace", "batch"] = "ramp"
     users: Count = 8  # closed loop: each user sends its next request when the last one has ended
     ramp_s: NotNegative = 0  # all users are there after this time
     duration_s: Positive = 60  # ramp included, drain not
     drain_s: NotNegative = 30  # how long running streams may go on after the end
+    requests: Count | NoneWord = "none"  # the end after so many, if they come before duration_s
+    steps: list[tuple[Count, Positive]] = []  # shape steps: [users, seconds] of each level, in place of duration_s
+    # open loop (rate, trace, batch): requests leave when they are due, whether or not earlier ones have come back
+    rate: NotNegative | list[tuple[NotNegative, NotNegative]] = 1  # requests/s, or [second, requests/s] points
+    arrivals: Literal["constant", "poisson", "gamma"] = "poisson"
+    burstiness: Positive = 1  # shape of the gamma: 1 is Poisson, less comes in bursts, more is steadier
+    seed: int = 1  # of the arrivals
+    max_in_flight: Count = 10_000  # what is due beyond them is not sent, and counted
+    trace_scale: Positive = 1  # shape trace (the requests' own `at`): 2 is half as fast
+    trace_window_s: tuple[NotNegative, Positive] | NoneWord = "none"  # this part of the trace alone
+    batch: Count = 16  # shape batch: so many at once
+    batches: Count | NoneWord = "none"  # so often
+    batch_pause_s: NotNegative = 0  # from the end of the last of one to the next
 
 
 class Warmup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

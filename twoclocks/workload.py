@@ -4,6 +4,7 @@ Pure: reads the request file once, then only arithmetic. The stream client takes
 """
 
 import itertools
+import math
 import random
 import secrets
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import msgspec
 from twoclocks.errors import ExperimentError
 from twoclocks.experiment import Experiment
 
-OURS = {"id", "expected_output_tokens", "session", "turn"}
+OURS = {"id", "expected_output_tokens", "session", "turn", "at"}
 """Keys of a request line that are for us; every other one is sent to the server as it stands."""
 
 
@@ -27,6 +28,7 @@ class Prompt(msgspec.Struct, frozen=True):
     session: str | None = None
     turn: int | None = None
     expected_output_tokens: int | None = None
+    at: float | None = None  # seconds since the beginning of the trace that it is from
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -69,12 +71,16 @@ def _prompt(line: bytes, number: int, path: Path, api: str) -> Prompt:
     if not body.get(needed):
         raise ExperimentError(f"{where}: has no '{needed}', which target.api '{api}' needs")
     session, turn, expected = raw.get("session"), raw.get("turn"), raw.get("expected_output_tokens")
+    at = raw.get("at")
+    if at is not None and not (type(at) in (int, float) and 0 <= at < math.inf):
+        raise ExperimentError(f"{where}: 'at': expected seconds since the beginning of the trace, found {at!r:.40}")
     return Prompt(
         id=str(raw.get("id", number)),
         body=body,
         session=None if session is None else str(session),
         turn=turn if isinstance(turn, int) else None,
         expected_output_tokens=expected if isinstance(expected, int) else None,
+        at=at,
     )
 
 
