@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -150,7 +151,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = (), environ: Mapping[
     experiment = _convert(_interpolate(raw, environ, str(path)), str(path))
     _check(experiment, str(path))
     load = experiment.load  # a shorter time on Locust's command line is the user's choice, in a file it is a slip
-    if load.ramp_s > load.duration_s:
+    if load.shape == "ramp" and load.ramp_s > load.duration_s:
         raise ExperimentError(
             f"{path}: load.ramp_s: the ramp ({load.ramp_s:g} s) is longer than load.duration_s ({load.duration_s:g} s)"
         )
@@ -283,6 +284,7 @@ def _check(experiment: Experiment, where: str) -> None:
         )
     if experiment.workload.ignore_eos and target.server == "transformers":
         raise ExperimentError(f"{where}: workload.ignore_eos: transformers serve refuses this field; leave it out")
+    _check_load(experiment.load, where)
     _check_log(collect.log, where)
     for key, path in (("tls_cert", target.tls_cert), ("tokenizer", target.tokenizer)):
         if path is not None and not Path(path).is_file():
@@ -294,6 +296,19 @@ def _check(experiment: Experiment, where: str) -> None:
             raise ExperimentError(f"{where}: collect.metrics_url: expected auto, none or a list of URLs, found {url!r}")
         if re.match(r"https?://[^/]*@", url):
             raise ExperimentError(f"{where}: collect.metrics_url: holds a password, which would be written down")
+
+
+def _check_load(load: Load, where: str) -> None:
+    if load.shape == "steps" and not load.steps:
+        raise ExperimentError(f"{where}: load.steps: shape steps needs levels, such as [[4, 30], [8, 30]]")
+    if load.shape == "rate":
+        points = [(0.0, load.rate)] if isinstance(load.rate, int | float) else load.rate
+        if not any(rate > 0 for _, rate in points):
+            raise ExperimentError(f"{where}: load.rate: sends nothing; expected requests/s above 0")
+        if any(later[0] < earlier[0] for earlier, later in pairwise(points)):
+            raise ExperimentError(f"{where}: load.rate: the seconds of its points go back")
+    if load.trace_window_s != "none" and load.trace_window_s[0] >= load.trace_window_s[1]:
+        raise ExperimentError(f"{where}: load.trace_window_s: expected [begin, end], found {load.trace_window_s}")
 
 
 def _check_log(setting: str, where: str) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 
 from locust import events
 from locust.env import Environment
-from locust.runners import WorkerRunner
+from locust.runners import MasterRunner, WorkerRunner
 
 from twoclocks.endpoint import make_endpoint, token_counter
 from twoclocks.errors import TwoclocksError
 from twoclocks.experiment import load_experiment
 from twoclocks.master import MasterSide, apply_options
+from twoclocks.shapes import first_users, in_window, length_s
 from twoclocks.worker import WorkerSide
 from twoclocks.workload import load_prompts
 
@@ -68,18 +69,21 @@ def on_init(environment: Environment, runner: Any, **_: Any) -> None:
     try:
         experiment = load_experiment(Path(options.experiment), options.overrides)
         settings = apply_options(experiment, options)
-        load_prompts(Path(settings.workload.requests), settings.target.api)  # so that a bad file is told at once
+        prompts = load_prompts(Path(settings.workload.requests), settings.target.api)
+        in_window(prompts, settings.load)  # so that what cannot be sent is told at once
         make_endpoint(settings.target, settings.timeouts)
         token_counter(settings.target.tokenizer)
     except TwoclocksError as error:
         sys.stderr.write(f"twoclocks: {error}\n")
         sys.exit(error.exit_code)
     load = settings.load
-    options.num_users, options.spawn_rate = load.users, load.users / max(load.ramp_s, 1.0)
+    users = first_users(load, options.expect_workers if isinstance(runner, MasterRunner) else 1)
+    ramp_s = load.ramp_s if load.shape == "ramp" else 0.0
+    options.num_users, options.spawn_rate = users, users / max(ramp_s, 1.0)
     options.host = environment.host = settings.target.url
     environment.stop_timeout = load.drain_s
     # the measured time begins after the warm-up, so the clock of a headless run is ours; elsewhere this fills the form
-    options.run_time = None if options.headless else round(load.duration_s)
+    options.run_time = None if options.headless else round(length_s(load))
     MasterSide(environment, runner, options, experiment, settings)
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,13 @@ from twoclocks.reader import connect, reader_name
 from twoclocks.record import Record, encode_record
 from twoclocks.run_folder import RunFolder, first_meta, this_clock
 from twoclocks.selfwatch import watch
+from twoclocks.shapes import dealt, in_window, is_open, length_s
 from twoclocks.target import metrics_urls, resolve
 from twoclocks.user import Sender, StreamingUser
 from twoclocks.workload import load_prompts, plans
 
 PROGRESS_S = 15.0
+OPEN_LEAD_S = 0.25  # between the word to begin and the first request that is due
 WORKER_GRACE_S = 15.0  # beyond the drain, for a worker's last lines to arrive
 
 log = logging.getLogger("twoclocks")
@@ -57,6 +59,7 @@ class MasterSide:
         self.watch: gevent.Greenlet | None = None
         self.beginning: gevent.Greenlet | None = None  # who is in begin(), if anyone
         self.progress: gevent.Greenlet | None = None
+        self.stepping: gevent.Greenlet | None = None
         self.sender: Sender | None = None
         self.zero_ns = 0
         self.model = ""
@@ -64,6 +67,8 @@ class MasterSide:
         self.received: dict[str, int] = {}  # lines of each worker
         self.sent: dict[str, int] = {}  # lines that a worker says it sent, once it is done
         self.shares: dict[str, int] = {}
+        self.exhausted: set[str] = set()  # workers that have sent all of their share
+        self.not_sent = 0
         self.time_is_up = False
         self.broken: str | None = None
         self.ended: list[Path] = []  # folders of the runs that are over
@@ -75,6 +80,7 @@ class MasterSide:
         if isinstance(runner, MasterRunner):
             runner.register_message("twoclocks_lines", self.on_lines)
             runner.register_message("twoclocks_done", self.on_done)
+            runner.register_message("twoclocks_exhausted", self.on_exhausted)
             environment.events.worker_connect.add_listener(lambda client_id, **_: self.welcome(client_id))
 
     # begin
@@ -113,10 +119,11 @@ class MasterSide:
         experiment = self.experiment
         self.environment.stop_timeout = experiment.load.drain_s
         self.kept, self.received, self.sent, self.shares = 0, {}, {}, {}
+        self.exhausted, self.not_sent = set(), 0
         self.time_is_up, self.broken = False, None
         self.model, version = resolve(experiment.target)
         endpoint = make_endpoint(experiment.target, experiment.timeouts)
-        prompts = load_prompts(Path(experiment.workload.requests), experiment.target.api)
+        prompts = in_window(load_prompts(Path(experiment.workload.requests), experiment.target.api), experiment.load)
         self.folder = RunFolder.create(experiment)
         self.zero_ns = time.monotonic_ns()
         target = experiment.target
@@ -153,21 +160,36 @@ class MasterSide:
             sink=self.keep,
             count_tokens=token_counter(experiment.target.tokenizer),
             numbers=itertools.count(),
+            on_exhausted=self._all_sent,
+            **dealt(experiment.load, prompts),
         )
         StreamingUser.sender = self.sender
         if not isinstance(self.runner, MasterRunner):  # there the workers send, and watch themselves
             reader = reader_name(self.sender.endpoint)
             self.watch = gevent.spawn(watch, self.zero_ns, 0, os.getpid(), reader, self.keep_self)
         self._warm_up()
+        if experiment.load.shape == "trace":  # each time has a prompt of its own
+            self.sender.plans = plans(experiment, prompts, self.model)
         self.collectors.scrape()  # so that the server's totals of the window begin after the warm-up
+        lead_s = 0.0
+        if is_open(experiment.load):  # the schedule begins with the window, which users must not be late for
+            lead_s = OPEN_LEAD_S * (4 if isinstance(self.runner, MasterRunner) else 1)
+        self.sender.window_ns = time.monotonic_ns() + round(lead_s * 1e9)
         if isinstance(self.runner, MasterRunner):
             clients = [client.id for client in self.runner.clients.all]
             self.folder.write_meta(workers=len(clients))
             for client_id in clients:
                 self.welcome(client_id)
-        self.folder.write_meta(window={"started_at": self._now(), "ended_at": None})
-        log.info("measuring for load.duration_s = %g s", experiment.load.duration_s)
-        self.timer = gevent.spawn_later(experiment.load.duration_s, self._time_is_up)
+            if is_open(experiment.load) and self.runner.target_user_count != len(clients):
+                # one user sends all that is due in a worker
+                gevent.spawn(self.runner.start, len(clients), len(clients))
+        started_at = (self.sender.window_ns - self.zero_ns) / 1e9
+        self.folder.write_meta(window={"started_at": started_at, "ended_at": None})
+        length = length_s(experiment.load)
+        log.info("measuring for %g s", length)
+        self.timer = gevent.spawn_later(lead_s + length, self._time_is_up)
+        if experiment.load.shape == "steps":
+            self.stepping = gevent.spawn(self._step, experiment.load.steps)
         if self.options.headless:
             self.progress = gevent.spawn(self._show_progress)
         if self.environment.web_ui is not None:
@@ -279,7 +301,7 @@ class MasterSide:
             log.info(
                 "%.0f s of %g s: %d users, %d requests ended, %d of them failed",
                 self._now() - started_at,
-                self.experiment.load.duration_s,
+                length_s(self.experiment.load),
                 self.runner.user_count,
                 total.num_requests,
                 total.num_failures,
@@ -298,7 +320,7 @@ class MasterSide:
 
     def welcome(self, client_id: str) -> None:
         """Tell a worker what to send; also one that comes late."""
-        if self.folder is None or client_id in self.shares:
+        if self.folder is None or self.sender is None or client_id in self.shares:
             return
         self.shares[client_id] = len(self.shares)
         data = {
@@ -306,9 +328,11 @@ class MasterSide:
             "experiment": msgspec.json.encode(self.experiment),
             "model": self.model,
             "zero_ns": self.zero_ns,
+            "window_ns": self.sender.window_ns,
             "clock": this_clock(),
             "share": self.shares[client_id],
-            "shares": max(1, len(self.runner.clients.all)),
+            # in an open loop the shares are dealt once, and who comes later has none
+            "shares": self.folder.meta["workers"] if is_open(self.experiment.load) else len(self.runner.clients.all),
         }
         self.runner.send_message("twoclocks_run", data, client_id)
 
@@ -325,6 +349,31 @@ class MasterSide:
         """A worker has drained, and says how many lines it sent."""
         if self.folder is not None and msg.data["run"] == self.folder.path.name:
             self.sent[msg.node_id] = msg.data["lines"]
+            self.not_sent += msg.data["not_sent"]
+
+    def on_exhausted(self, msg: Any, **_: Any) -> None:
+        """A worker has sent all of its share, and all of it has ended."""
+        if self.folder is not None and msg.data["run"] == self.folder.path.name:
+            self.exhausted.add(msg.node_id)
+            if self.exhausted >= set(self.shares):
+                self._all_sent()
+
+    def _all_sent(self) -> None:
+        if not self.time_is_up:
+            self.time_is_up = True
+            log.info("all requests have been sent and have ended")
+            gevent.spawn(self._stop_or_quit)
+
+    def _step(self, steps: Sequence[tuple[int, float]]) -> None:
+        """The levels of users, one after the other; when each began stands in run.json."""
+        levels: list[dict[str, float]] = []
+        for number, (users, hold_s) in enumerate(steps):
+            if number:  # Locust has begun with the first
+                self.runner.start(users, users)
+            levels.append({"users": users, "started_at": self._now()})
+            self._tell(levels=levels)
+            log.info("%d users for %g s", users, hold_s)
+            gevent.sleep(hold_s)
 
     # end
 
@@ -332,11 +381,11 @@ class MasterSide:
         """The window ends here; what still streams may go on until it is drained."""
         if self.folder is None:
             return
-        for greenlet in (self.timer, self.progress):
+        for greenlet in (self.timer, self.progress, self.stepping):
             if greenlet is not None:
                 greenlet.kill(block=False)
         if self.sender is not None:
-            self.sender.stopping = True
+            self.sender.over.set()
         if self.folder.meta["window"]["ended_at"] is None:
             self._tell(window=self.folder.meta["window"] | {"ended_at": self._now()})
         if self.beginning is not None and self.beginning is not gevent.getcurrent():
@@ -356,7 +405,9 @@ class MasterSide:
                 self.note(text)
             self._tell(foreign_spans=self.collectors.foreign_spans)
         missing = len(set(self.shares) - set(self.sent))
+        not_sent = self.not_sent + (self.sender.not_sent if self.sender is not None else 0)
         self._tell(
+            not_sent=not_sent,
             status="finished" if self.time_is_up else "interrupted",
             ended_at=self._now(),
             in_flight=None if missing else 0,
@@ -413,13 +464,14 @@ def apply_options(experiment: Experiment, options: Namespace) -> Experiment:
     changes: dict[str, Any] = {}
     if options.host:
         changes["target.url"] = options.host
-    if options.num_users is not None:
+    is_ramp = experiment.load.shape == "ramp"  # in any other shape the number of Locust users is not the user's to set
+    if options.num_users is not None and is_ramp:
         changes["load.users"] = options.num_users
-    if options.spawn_rate is not None:
+    if options.spawn_rate is not None and is_ramp:
         changes["load.ramp_s"] = (options.num_users or experiment.load.users) / options.spawn_rate
         if changes["load.ramp_s"] <= 1:
             changes["load.ramp_s"] = 0  # all of them in Locust's first step
-    if options.run_time:
+    if options.run_time and experiment.load.shape != "steps":
         changes["load.duration_s"] = options.run_time
     if float(options.stop_timeout or 0):
         changes["load.drain_s"] = float(options.stop_timeout)

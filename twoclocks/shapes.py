@@ -10,8 +10,11 @@ import itertools
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypedDict
 
+from twoclocks.errors import ExperimentError
 from twoclocks.experiment import Load
+from twoclocks.workload import Prompt
 
 OPEN = ("rate", "trace", "batch")
 """Shapes in which requests leave when they are due, whether or not earlier ones have come back."""
@@ -54,6 +57,34 @@ def share_of(values: Iterable[float], share: int, shares: int) -> Iterator[float
 def count_of(total: int, share: int, shares: int) -> int:
     """How many of ``total`` fall to one share."""
     return total // shares + (share < total % shares) if share < shares else 0
+
+
+def in_window(prompts: list[Prompt], load: Load) -> list[Prompt]:
+    """The prompts of a trace that lie in its window, by time; of any other shape all. Raises ExperimentError."""
+    if load.shape != "trace":
+        return prompts
+    begin, end = (0.0, math.inf) if load.trace_window_s == "none" else load.trace_window_s
+    kept = [prompt for prompt in prompts if prompt.at is not None and begin <= prompt.at < end]
+    if not kept:
+        raise ExperimentError(
+            "load.shape trace: no request has an 'at' inside load.trace_window_s; requests/README.md tells how"
+        )
+    return sorted(kept, key=lambda prompt: prompt.at or 0.0)
+
+
+class Dealt(TypedDict):
+    """What of the load falls to one process: fields of user.Sender."""
+
+    arrivals: Iterator[float] | None
+    left: int | None
+
+
+def dealt(load: Load, prompts: Sequence[Prompt], share: int = 0, shares: int = 1) -> Dealt:
+    """Share number ``share`` of ``shares``."""
+    times = None
+    if load.shape in ("rate", "trace"):
+        times = share_of(arrival_times(load, [prompt.at for prompt in prompts]), share, shares)
+    return Dealt(arrivals=times, left=None if load.requests == "none" else count_of(load.requests, share, shares))
 
 
 def _unit_arrivals(load: Load) -> Iterator[float]:

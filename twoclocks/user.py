@@ -1,19 +1,21 @@
-"""The Locust user that streams: one user is one closed loop of requests.
+"""The Locust user that streams: one closed loop of requests, or all that one process sends in an open loop.
 
 Importing this module imports Locust, which monkey-patches the standard library: nothing that analyses may do so.
 """
 
+import time
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import gevent
 import msgspec
+from gevent.event import Event
 from greenlet import GreenletExit
 from locust import User, constant, task
 from locust.env import Environment
 from locust.exception import StopUser
 
-from twoclocks.client import Origin, send
+from twoclocks.client import Connection, Origin, send
 from twoclocks.endpoint import Endpoint
 from twoclocks.errors import plain
 from twoclocks.experiment import Experiment
@@ -34,16 +36,49 @@ class Sender(msgspec.Struct):
     plans: Iterator[Plan]
     sink: Callable[[bytes], None]
     numbers: Iterator[int]  # of users
+    on_exhausted: Callable[[], None]  # all that this process was to send has been sent, and has ended
     count_tokens: Callable[[str], int] | None = None
-    stopping: bool = False
+    window_ns: int = 0  # when the measuring window begins
+    arrivals: Iterator[float] | None = None  # of an open loop by the clock: seconds since then
+    left: int | None = None  # requests that may still be sent; None: no limit; -1: none, and that was told
+    in_flight: int = 0
+    not_sent: int = 0  # requests that were due while load.max_in_flight others were under way
+    taken: bool = False  # does a user of this process see to the open loop?
+    over: Any = msgspec.field(default_factory=Event)  # gevent's Event: what is sent from now on is outside the window
 
     def origin(self, user: int) -> Origin:
         """Who a request is sent by, and what its record keeps."""
         return Origin(self.zero_ns, self.worker, user, self.experiment.output_text, self.count_tokens)
 
+    def take(self) -> Plan | None:
+        """The next to send, and the count of those under way; None if there is none. Its end goes to `ended`."""
+        if self.over.is_set() or (self.left is not None and self.left <= 0):
+            return None
+        plan = next(self.plans, None)
+        if plan is None:
+            self.left = 0
+            return None
+        if self.left is not None:
+            self.left -= 1
+        self.in_flight += 1
+        return plan
+
+    def ended(self, environment: Environment, record: Record) -> None:
+        """Keep a record, and tell Locust's own statistics."""
+        self.in_flight -= 1
+        self.sink(encode_record(record))
+        fire_request(environment, self.experiment, record)
+        self.look_for_the_end()
+
+    def look_for_the_end(self) -> None:
+        """Tell, once, that nothing is left to send and nothing is under way."""
+        if self.left == 0 and not self.in_flight and not self.over.is_set():
+            self.left = -1
+            self.on_exhausted()
+
 
 class StreamingUser(User):
-    """Sends the next prompt when the last answer has ended."""
+    """Sends the next prompt when the last answer has ended; in an open loop it sees to all requests of its process."""
 
     wait_time = constant(0)
     sender: ClassVar[Sender]  # of the run that lasts
@@ -62,11 +97,16 @@ class StreamingUser(User):
     def stream(self) -> None:
         """One request, from intention to record."""
         sender = self.sender
-        if sender.stopping:  # a user that Locust kills between two tasks may still come here, and must not send
+        if sender.arrivals is not None or sender.experiment.load.shape == "batch":
+            if not sender.taken:
+                sender.taken = True
+                OpenLoop(self.environment, sender, self.origin).run()
             raise StopUser
-        record = send(self.connection, next(sender.plans), self.origin, "measure")
-        sender.sink(encode_record(record))
-        fire_request(self.environment, sender.experiment, record)
+        plan = sender.take()  # a user that Locust kills between two tasks may still come here, and gets none
+        if plan is None:
+            raise StopUser
+        record = send(self.connection, plan, self.origin, "measure")
+        sender.ended(self.environment, record)
         if record.status == "cancelled":
             raise GreenletExit  # send() turned the kill into a record; the user still has to go
         if record.status == "ok":
@@ -74,6 +114,75 @@ class StreamingUser(User):
         else:
             gevent.sleep(self.pause_s)
             self.pause_s = min(2 * self.pause_s, LONGEST_PAUSE_S)
+
+
+class OpenLoop:
+    """Requests that leave when they are due, each in a greenlet of its own, on connections that they share."""
+
+    def __init__(self, environment: Environment, sender: Sender, origin: Origin) -> None:
+        self.environment, self.sender, self.origin = environment, sender, origin
+        self.load = sender.experiment.load
+        self.idle: list[Connection] = []
+        self.running: set[gevent.Greenlet] = set()
+
+    def run(self) -> None:
+        """Until all is sent and has ended, or the run stops and has drained."""
+        try:
+            if self.sender.arrivals is None:
+                self._batches()
+            else:
+                self._by_the_clock(self.sender.arrivals)
+            gevent.joinall(list(self.running))
+        finally:
+            gevent.killall(list(self.running))  # at the end of the drain; each still becomes a record
+            for connection in self.idle:
+                connection.close()
+        if not self.sender.over.is_set():
+            self.sender.left = 0
+            self.sender.look_for_the_end()
+
+    def _by_the_clock(self, arrivals: Iterator[float]) -> None:
+        sender = self.sender
+        for at in arrivals:
+            due_ns = sender.window_ns + round(at * 1e9)
+            wait_ns = due_ns - time.monotonic_ns()
+            if wait_ns > 0:
+                sender.over.wait(wait_ns / 1e9)
+            if sender.over.is_set():
+                return
+            if len(self.running) >= self.load.max_in_flight:
+                sender.not_sent += 1
+                next(sender.plans, None)  # a trace's later requests keep their own prompts
+            elif not self._start(due_ns):
+                return
+
+    def _batches(self) -> None:
+        sender, left = self.sender, self.load.batches
+        while left == "none" or left > 0:
+            due_ns = max(sender.window_ns, time.monotonic_ns())
+            sender.over.wait(max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
+            for _ in range(self.load.batch):
+                if not self._start(due_ns):
+                    return
+            gevent.joinall(list(self.running))
+            left = left if left == "none" else left - 1
+            if left:
+                sender.over.wait(self.load.batch_pause_s)
+
+    def _start(self, due_ns: int) -> bool:
+        plan = self.sender.take()
+        if plan is None:
+            return False
+        greenlet = gevent.spawn(self._one, plan, due_ns)
+        self.running.add(greenlet)
+        greenlet.rawlink(self.running.discard)
+        return True
+
+    def _one(self, plan: Plan, due_ns: int) -> None:
+        connection = self.idle.pop() if self.idle else connect(self.sender.endpoint)
+        record = send(connection, plan, self.origin, "measure", due_ns)
+        self.idle.append(connection)
+        self.sender.ended(self.environment, record)
 
 
 def fire_request(environment: Environment, experiment: Experiment, record: Record) -> None:

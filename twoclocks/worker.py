@@ -15,6 +15,7 @@ from twoclocks.experiment import Experiment
 from twoclocks.reader import reader_name
 from twoclocks.run_folder import this_clock
 from twoclocks.selfwatch import watch
+from twoclocks.shapes import dealt, in_window
 from twoclocks.user import Sender, StreamingUser
 from twoclocks.workload import load_prompts, plans
 
@@ -47,20 +48,24 @@ class WorkerSide:
             log.error("this worker has another clock than the master; workers on other hosts are not supported yet")
             self.runner.quit()
             return
-        prompts = load_prompts(Path(experiment.workload.requests), experiment.target.api)
+        prompts = in_window(load_prompts(Path(experiment.workload.requests), experiment.target.api), experiment.load)
         self.run, self.lines, self.self_lines, self.count = data["run"], [], [], 0
         endpoint = make_endpoint(experiment.target, experiment.timeouts)
         reader = reader_name(endpoint)
         self.watch = gevent.spawn(watch, data["zero_ns"], data["share"], os.getpid(), reader, self.self_lines.append)
+        share, shares = data["share"], data["shares"]
         StreamingUser.sender = Sender(
             experiment=experiment,
             endpoint=endpoint,
             zero_ns=data["zero_ns"],
-            worker=data["share"],
-            plans=plans(experiment, prompts, data["model"], share=data["share"], shares=data["shares"]),
+            worker=share,
+            plans=plans(experiment, prompts, data["model"], share=share, shares=shares),
             sink=self.lines.append,
             count_tokens=token_counter(experiment.target.tokenizer),
-            numbers=itertools.count(data["share"], data["shares"]),
+            numbers=itertools.count(share, shares),
+            on_exhausted=lambda: self.runner.send_message("twoclocks_exhausted", {"run": self.run}),
+            window_ns=data["window_ns"],
+            **dealt(experiment.load, prompts, share, shares),
         )
 
     def on_stop(self, msg: Any, **_: Any) -> None:
@@ -72,7 +77,7 @@ class WorkerSide:
     def stopping(self) -> None:
         """What is sent from now on is outside the window."""
         if self.run is not None:
-            StreamingUser.sender.stopping = True
+            StreamingUser.sender.over.set()
 
     def done(self) -> None:
         """All users have ended: send what is left, and how much it was in all."""
@@ -80,7 +85,8 @@ class WorkerSide:
             if self.watch is not None:
                 self.watch.kill()
             self.flush()
-            self.runner.send_message("twoclocks_done", {"run": self.run, "lines": self.count})
+            not_sent = StreamingUser.sender.not_sent
+            self.runner.send_message("twoclocks_done", {"run": self.run, "lines": self.count, "not_sent": not_sent})
 
     def flush(self) -> None:
         """Send the lines that have come since the last time."""

@@ -128,7 +128,8 @@ def plans(
 ) -> Iterator[Plan]:
     """An endless sequence of plans; worker ``share`` of ``shares`` gets every ``shares``-th prompt of the one order."""
     bodies: dict[int, tuple[bytes, int | None]] = {}  # by identity, since ids of a user's file may repeat
-    ordered = order_prompts(prompts, experiment.workload.order, experiment.workload.seed)
+    order = "in-order" if experiment.load.shape == "trace" else experiment.workload.order
+    ordered = order_prompts(prompts, order, experiment.workload.seed)
     for prompt in itertools.islice(ordered, share, None, shares):
         made = bodies.get(id(prompt))
         if made is None:
