@@ -64,7 +64,7 @@ def response(status: int, body: bytes, content_type: str = "application/json", h
 class FakeServer:
     """Answers /v1/models and /metrics by itself, and every POST with what `script` returns for its parsed body."""
 
-    def __init__(self, script: Callable[[dict], Iterable] | None = None) -> None:
+    def __init__(self, script: Callable[[dict], Iterable] | None = None, port: int = 0) -> None:
         self.script = script or (lambda body: plain_answer())
         self.metrics: Callable[[], list] = lambda: response(200, b"", "text/plain")
         self.on_get: Callable[[dict[str, str]], object] = lambda headers: None
@@ -72,7 +72,7 @@ class FakeServer:
         self.sent_ns: list[list[int]] = []
         self.connections = 0
         self.over = threading.Event()
-        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener = socket.create_server(("127.0.0.1", port))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.threads = [threading.Thread(target=self._accept)]
         self.threads[0].start()
@@ -87,6 +87,10 @@ class FakeServer:
         for thread in self.threads:
             thread.join(5)
             assert not thread.is_alive()
+
+    def answer(self, headers: dict[str, str], body: dict) -> Iterable:
+        """The steps of one answer."""
+        return self.script(body)
 
     def _accept(self) -> None:
         while not self.over.is_set():
@@ -114,7 +118,7 @@ class FakeServer:
                     steps = response(404, b"{}")
                 else:
                     self.requests.append((headers, body))
-                    steps = self.script(body)
+                    steps = self.answer(headers, body)
                 if not self._play(connection, steps):
                     return
 

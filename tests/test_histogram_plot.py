@@ -66,6 +66,20 @@ def test_step_densities_of_both_sides_enclose_what_lies_in_the_panel():
     assert "n = 5,000" in text
 
 
+@pytest.mark.parametrize(("mean", "side"), [(0.06, "left"), (0.55, "right")])
+def test_the_means_texts_lead_into_the_wider_half_each_on_its_own_line(mean, side):
+    bounds = np.append(np.linspace(0.05, 0.6, 12), np.inf)
+    counts = np.append(np.full(12, 10.0), 0.0)
+    gained = Distribution(120, 120 * mean, bounds, counts, ("x",), "start -> stop")
+
+    axes, _ = panel(gained, np.full(2000, mean + 0.005))
+
+    means = {text.get_text().split()[0]: text for text in axes.texts if " mean " in text.get_text()}
+    assert {text.get_ha() for text in means.values()} == {side}
+    higher = "server" if side == "left" else "client"  # its text passes over the other's line
+    assert max(means, key=lambda who: means[who].xy[1]) == higher
+
+
 def test_intervals_of_a_restarted_server_say_so():
     gained = Distribution(
         10, 1.0, np.array([1.0, np.inf]), np.array([4.0, 6.0]), ("x",), "start -> stop", since_restart=True,

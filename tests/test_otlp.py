@@ -109,6 +109,13 @@ def test_a_stage_is_known_by_its_service_and_tells_its_duration():
     assert read_span(client, "gateway", 0.0) is None
 
 
+def test_a_stage_may_tell_its_first_token_as_engines_do():
+    one = span("POST", seconds=0.75, attributes={"gen_ai.latency.time_to_first_token": 0.25, "model": "m"})
+    request = told(one, stage="gateway")
+
+    assert (request.ttft, request.e2e, request.told) == (0.25, 0.75, {"model": "m"})
+
+
 def test_an_engine_is_known_by_its_spans_whatever_its_service_is_called():
     assert told(vllm_span(), stage="gateway").server == "vllm"
 

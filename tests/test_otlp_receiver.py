@@ -374,6 +374,17 @@ def test_values_that_cannot_be_and_messages_that_are_none_are_counted(tmp_path):
     assert "1 messages could not be read; the first: no ExportTraceServiceRequest" in notes[1]
 
 
+def test_what_comes_after_the_end_is_refused_though_something_else_was_unreadable(tmp_path):
+    store = SpanStore(tmp_path, {}, lambda: 0.0)
+    store.take(export(vllm_span()).SerializeToString())
+    store.close()
+    store.refuse("a body without a length")
+
+    with pytest.raises(ValueError, match="the run has ended"):
+        store.take(export(vllm_span()).SerializeToString())
+    assert len(rows(tmp_path)) == 1
+
+
 def test_millions_of_empty_spans_are_dropped_unread(tmp_path):
     message = Request()
     message.resource_spans.add().scope_spans.add().ParseFromString(b"\x12\x00" * 1_000_000)

@@ -244,6 +244,16 @@ def test_others_on_the_server_are_seen_in_its_counters(tmp_path, first_tokens, l
         assert found["foreign_traffic"]["figure"] == pytest.approx((first_tokens - 200) / first_tokens)
 
 
+@pytest.mark.parametrize(("finished", "level"), [(199, "VALID"), (150, "SUSPECT")])
+def test_a_server_that_counts_fewer_answers_than_came_is_not_all_that_answered(tmp_path, finished, level):
+    pages(tmp_path, {"tgi_request_success_total": finished})
+    told, found = reasons(tmp_path, plain())
+
+    assert told == level
+    if found:
+        assert found["fewer_answers"]["figure"] == pytest.approx((200 - finished) / 200)
+
+
 def test_a_restart_is_seen_in_counters_that_fell(tmp_path):
     counters(tmp_path, 0, falls=True)
 

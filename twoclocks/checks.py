@@ -229,7 +229,10 @@ def _scraped(run: Run) -> Found:
         )
     if failed:
         why = next(text for scrapes in run.all_scrapes for _, text in scrapes.failed)
-        return "scrapes", False, f"{failed} of {total} scrapes of /metrics failed ({why})."
+        text = f"{failed} of {total} scrapes of /metrics failed ({why})"
+        if any(scrapes.failed and scrapes.failed[-1][0] > run.scraped_until for scrapes in run.scrapes):
+            text += f"; they tell of the run up to second {run.scraped_until:.1f}"
+        return "scrapes", False, f"{text}."
     return "scrapes", True, f"All {total} scrapes of /metrics succeeded, and no server restarted."
 
 
@@ -294,16 +297,19 @@ def _same_counts(ok: pd.DataFrame) -> Found:
 
 def _same_tokens(run: Run, column: str, counter: str, word: str) -> Found:
     name = f"{word}_tokens_agree_with_counter"
-    risen = expositions.counter_delta(run.scrapes, run.first_scrapes, counter)
-    if risen is None:
+    gain = expositions.counter_gain(run.scrapes, run.first_scrapes, counter)
+    if gain is None or gain.since_restart:
         return name, None, f"The server's counter of {word} tokens was not read (absent, or it restarted)."
     ours = run.scraped
     client, cut_off = ours[column].sum(), int((ours["status"] != "ok").sum())
     counted = f"the client counted {client:,.0f} in {len(ours)} requests"
-    text = f"{word.capitalize()} tokens: {counted}, the server's counter rose by {risen:,.0f}."
-    same = bool(risen == client)
+    rounding = f" ± {gain.error:,.0f} (it is printed with six digits)" if gain.error >= 1 else ""
+    text = f"{word.capitalize()} tokens: {counted}, the server's counter rose by {gain.value:,.0f}{rounding}."
+    same = bool(abs(gain.value - client) <= gain.error)
     if not same and cut_off:
         text += f" Of {cut_off} requests that did not end ok the client knows at most what had arrived."
+    if not same and (under_way := _under_way(run)):
+        text += f" {under_way} were still under way at the last good scrape."
     return name, same, text
 
 
@@ -314,6 +320,7 @@ class Traffic:
     answered: float
     ours: int
     unseen: int  # requests of ours that may have been answered without our seeing it: cut off, failed
+    under_way: int  # requests of ours that may have been answered after the last good scrape
     what: str  # what was counted
 
 
@@ -323,13 +330,19 @@ def traffic(run: Run) -> Traffic | None:
     if any(gained.since_restart for gained in told):
         return None
     unseen = int((run.scraped["status"] != "ok").sum())
+    under_way = _under_way(run)
     if told:
         ours = int(run.scraped["got_token"].sum())
-        return Traffic(sum(gained.count for gained in told), ours, unseen, "first tokens")
+        return Traffic(sum(gained.count for gained in told), ours, unseen, under_way, "first tokens")
     finished = expositions.counter_delta(run.scrapes, run.first_scrapes, "requests")
     if finished is None:
         return None
-    return Traffic(finished, int((run.scraped["status"] == "ok").sum()), unseen, "whole answers")
+    return Traffic(finished, int((run.scraped["status"] == "ok").sum()), unseen, under_way, "whole answers")
+
+
+def _under_way(run: Run) -> int:
+    """Requests that the last good scrape cut in two: no counter says which of them it has counted."""
+    return int((run.scraped["ended_at"] > run.scraped_until).sum())
 
 
 def _same_traffic(run: Run) -> Found:
@@ -340,4 +353,6 @@ def _same_traffic(run: Run) -> Found:
     text = f"The server gave {told.answered:,.0f} {told.what} while the client received {told.ours:,}."
     if told.answered > told.ours:
         text += " Others used the server too, requests ran with n > 1, or some were cut off."
-    return name, told.answered == told.ours, text
+    if told.under_way:
+        text += f" {told.under_way} were still under way at the last good scrape."
+    return name, told.ours - told.under_way <= told.answered <= told.ours, text

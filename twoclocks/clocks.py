@@ -182,7 +182,8 @@ SILENCES: dict[Server, tuple[Silence, ...]] = {
     "sglang": (
         Silence((PAGE,), "its totals (/metrics)", "--enable-metrics"),
         Silence(_TOLD_PER_REQUEST, "queue and time to first token of single requests",
-                "--enable-metrics --enable-trace --otlp-traces-endpoint HOST:4317"),
+                "--enable-metrics --enable-trace --otlp-traces-endpoint HOST:4317, or with --enable-metrics "
+                "--export-metrics-to-file --export-metrics-to-file-dir DIR and that file in collect.log"),
     ),
     "llamacpp": (
         Silence((PAGE,), "its totals (/metrics)", "--metrics"),

@@ -19,7 +19,7 @@ from twoclocks.buckets import Distribution, Reason, StepDensity
 from twoclocks.load import Run
 from twoclocks.metrics import Floats
 from twoclocks.plots import CLIENT, INK, LOG_SPREAD, QUIET, SERVER, TAIL, printable
-from twoclocks.terminal import number
+from twoclocks.terminal import edge, number
 
 
 def server_histograms(run: Run, path: Path) -> bool:
@@ -79,7 +79,7 @@ def _histogram(axes: Axes, name: str, gained: Distribution, values: Floats, mean
         _means(axes, gained, values)
         notes.append(f"From histogram buckets, {np.count_nonzero(gained.counts)} of them occupied.")
     notes += [f"{caveat[0].upper()}{caveat[1:]}." for caveat in gained.caveats]
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _edge(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: edge(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="x", color="#000000", alpha=0.12, lw=0.7)
     axes.set_axisbelow(True)
@@ -119,29 +119,33 @@ def _shapes(axes: Axes, server: StepDensity, client: StepDensity | None) -> None
             f"{who} {number(share, 'share')}" for who, share in zip(("server", "client"), beyond, strict=False) if share
         ]
         axes.text(
-            0.995, 0.86, f"beyond {_edge(float(edges[-1]))} ms ▶\n{', '.join(words)}", transform=axes.transAxes,
+            0.995, 0.86, f"beyond {edge(float(edges[-1]))} ms ▶\n{', '.join(words)}", transform=axes.transAxes,
             fontsize=8, color=QUIET, ha="right", va="top",
         )  # fmt: skip
 
 
 def _means(axes: Axes, gained: Distribution, values: Floats) -> None:
-    """Both means at the top of a panel of shapes."""
-    height = axes.get_ylim()[1]
+    """Both means at the top of a panel of shapes, each on a line of its own, their texts in the wider half."""
+    height, (start, end) = axes.get_ylim()[1], axes.get_xlim()
     told = [
         ("server", gained.mean, SERVER, "D"),
         ("client", float(values.mean()) if len(values) else None, CLIENT, "o"),
     ]
-    known = sorted((mean, who, colour, mark) for who, mean, colour, mark in told if mean is not None)
-    for place, (mean, who, colour, mark) in enumerate(known):
-        if not axes.get_xlim()[0] <= mean <= axes.get_xlim()[1]:
-            continue
-        axes.plot([mean, mean], [0, 0.95 * height], color=colour, lw=1.1, ls=(0, (4, 3)), zorder=3)
-        axes.plot(mean, 0.95 * height, mark, color=colour, ms=6, zorder=4)
-        left = place == 0 and len(known) > 1
+    known = [(mean, who, colour, mark) for who, mean, colour, mark in told if mean is not None]
+    shown = sorted(each for each in known if start <= each[0] <= end)
+    if not shown:
+        return
+    place_of_first = axes.transLimits.transform(axes.transScale.transform((shown[0][0], 0.0)))[0]
+    leftwards = bool(place_of_first > 0.5)
+    # the text that leads over the other mean stands above that one's line
+    for row, (mean, who, colour, mark) in enumerate(reversed(shown) if leftwards else shown):
+        top = (0.95, 0.86)[row] * height
+        axes.plot([mean, mean], [0, top], color=colour, lw=1.1, ls=(0, (4, 3)), zorder=3)
+        axes.plot(mean, top, mark, color=colour, ms=6, zorder=4)
         axes.annotate(
-            f"{who} mean {number(mean, 's')}", (mean, 0.95 * height), xytext=(-7 if left else 7, 0),
-            textcoords="offset points", fontsize=9, fontweight="bold", color=INK, ha="right" if left else "left",
-            va="center",
+            f"{who} mean {number(mean, 's')}", (mean, top), xytext=(-8 if leftwards else 8, 0),
+            textcoords="offset points", fontsize=9, fontweight="bold", color=INK,
+            ha="right" if leftwards else "left", va="center",
         )  # fmt: skip
 
 
@@ -162,8 +166,8 @@ def _intervals(axes: Axes, gained: Distribution, values: Floats) -> None:
         axes.barh(row - 0.14, upper - interval.lower, left=interval.lower, height=0.26, color=SERVER, alpha=0.45, lw=0)
         if interval.estimate is not None:
             axes.plot([interval.estimate] * 2, [row - 0.27, row - 0.01], color=SERVER, lw=2)
-        text = f"{_edge(interval.lower)} .. {_edge(interval.upper)}"
-        text = text if np.isfinite(interval.upper) else f"> {_edge(interval.lower)} ▶"
+        text = f"{edge(interval.lower)} .. {edge(interval.upper)}"
+        text = text if np.isfinite(interval.upper) else f"> {edge(interval.lower)} ▶"
         axes.annotate(
             text, (min(upper, right), row - 0.14), xytext=(4 if upper < right else -4, 0), textcoords="offset points",
             fontsize=8.5, color=INK, va="center", ha="left" if upper < right else "right",
@@ -184,8 +188,3 @@ def _intervals(axes: Axes, gained: Distribution, values: Floats) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=10)
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
-
-
-def _edge(seconds: float) -> str:
-    """The bound of a bucket in ms, in four digits, never as a power of ten."""
-    return f"{float(f'{seconds * 1e3:.4g}'):,.12g}"

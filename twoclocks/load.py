@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -172,9 +173,15 @@ class Run:
 
     @property
     def scraped(self) -> pd.DataFrame:
-        """The requests, of whatever phase, that were sent after the first scrapes: those the counters tell of."""
+        """The requests, of whatever phase, sent between first and last good scrapes: those the counters tell of."""
         begun = [s.until[first] for s, first in zip(self.scrapes, self.first_scrapes, strict=True) if len(s.until)]
-        return self.requests[self.requests["sent_at"] > max(begun)] if begun else self.requests[:0]
+        sent_at = self.requests["sent_at"]
+        return self.requests[(sent_at > max(begun)) & (sent_at < self.scraped_until)] if begun else self.requests[:0]
+
+    @property
+    def scraped_until(self) -> float:
+        """When the last good scrape of the server was begun, of several URLs the earliest; NaN if there was none."""
+        return min((float(scrapes.at[-1]) for scrapes in self.scrapes if len(scrapes.at)), default=math.nan)
 
     @cached_property
     def gaps(self) -> metrics.Gaps:

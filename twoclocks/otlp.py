@@ -2,8 +2,8 @@
 
 Engines are known by the shape of their spans, whatever their service is called: vLLM's ``llm_request``, TGI's handler
 span with its durations as text, SGLang's root span with its ``rid``. Any other server span counts only if its service
-is a stage of the experiment, and then tells how long that stage had the request. What the fields mean with each server
-stands in join.DEFINITIONS.
+is a stage of the experiment, and then tells how long that stage had the request, and its time to first token where it
+says so in the attribute that vLLM and SGLang use. What the fields mean with each server stands in clocks.CLOCKS.
 
 Spans come from the network: a value that is no finite number, negative or beyond all reason is left out and counted.
 """
@@ -54,6 +54,7 @@ _TGI: dict[str, str] = {
     "inference_time": "inference",
     "time_per_token": "time_per_token",
 }
+_STAGE: dict[str, str] = {"gen_ai.latency.time_to_first_token": "ttft"}
 _DURATION = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)(ns|us|µs|μs|ms|s)")  # both of Unicode's micro signs
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0}
 _OUR_ID = re.compile(r"(?:([0-9]{1,4})_)?(?:[a-z]+-)*([0-9a-f]{32})(?:-.*)?")
@@ -130,7 +131,7 @@ def read_span(span: Span, stage: str | None, at: float) -> SpanTold | None:
     elif "total_time" in attributes and "inference_time" in attributes:
         server, fields, seconds, id_key = "tgi", _TGI, _text_seconds, ""
     elif stage is not None and span.kind == Span.SPAN_KIND_SERVER:
-        server, fields, seconds, id_key = stage, {}, _number, ""
+        server, fields, seconds, id_key = stage, _STAGE, _number, ""
     else:
         return None
     values, unusable = _take(attributes, fields, seconds)

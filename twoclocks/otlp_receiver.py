@@ -91,7 +91,6 @@ class SpanStore:
         """Count a message that was not read."""
         with self.lock:
             self.refused += 1
-            self.closed = False
         self.why_refused = self.why_refused or why
 
     def has_all(self, sent: int) -> bool:

@@ -1,7 +1,7 @@
 """One request as a server told it: a line of server_requests.jsonl, or what a log says of a request.
 
 Whatever the source (a span, a log line), its durations come into the same fields, in seconds; what each of them means
-there stands in join.DEFINITIONS under the source's name. Knows no source.
+there stands in clocks.CLOCKS under the names of source and server. Knows no source.
 """
 
 from collections.abc import Iterator

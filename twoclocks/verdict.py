@@ -155,6 +155,22 @@ def _foreign_traffic(run: Run) -> Reason | None:
     return Reason(level, "foreign_traffic", text, share, "keep others from the server while it is measured")
 
 
+def _fewer_answers(run: Run) -> Reason | None:
+    """The server counts fewer answers than we received: its page tells of a part of what answered us."""
+    told = checks.traffic(run) if run.scrapes else None
+    if told is None or not told.ours:
+        return None
+    share = (told.ours - told.under_way - told.answered) / told.ours
+    if share <= FOREIGN_SHARE:
+        return None
+    text = f"{share:.1%} of the {told.ours} {told.what} that we received are missing in the server's own count"
+    return Reason(
+        "SUSPECT", "fewer_answers", text, share,
+        "did it restart between two scrapes, or do several servers answer at this address? then give the /metrics of "
+        "each in collect.metrics_url",
+    )  # fmt: skip
+
+
 def _foreign_spans(run: Run) -> Reason | None:
     """Spans with an id that is not ours: others had a share of the server. Of a killed run some are our own."""
     foreign, told = checks.foreign_spans(run)
@@ -299,7 +315,7 @@ def _unfinished(run: Run) -> Reason | None:
 
 
 RULES: tuple[Callable[[Run], Reason | None], ...] = (
-    _nothing_ok, _lost, _missing_workers, _restarted, _foreign_traffic, _foreign_spans, _before_server,
+    _nothing_ok, _lost, _missing_workers, _restarted, _foreign_traffic, _fewer_answers, _foreign_spans, _before_server,
     _sources_disagree, _preempted, _loop_lag, _cpu, _stall,
     _late_sends, _file_limit,
     _drift, _prefix_cache, _short_outputs, _tokens_disagree, _unjoined, _too_few, _unfinished,

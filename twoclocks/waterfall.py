@@ -134,9 +134,10 @@ def _waterfall(
     total = at["sent_at"] + at["ttft"] - at["intended_at"]
     connect = np.nan_to_num(at["connected_at"] - at["connect_started_at"])
     bars = [
-        Bar("late", "late start", "sent_at - intended_at - connecting: inside the load generator, or waiting for it",
+        Bar("late", "late start", "from when it was meant to go out until its first byte, connecting apart: inside the "
+            "load generator, or waiting for it; sent_at - intended_at - connecting",
             at["sent_at"] - at["intended_at"] - connect),
-        Bar("connect", "connect", "connected_at - connect_started_at: TCP and TLS; 0 on a connection that was open",
+        Bar("connect", "connect", "TCP and TLS; 0 on a connection that was open; connected_at - connect_started_at",
             connect),
     ]  # fmt: skip
     inner = _inside(at, texts)
@@ -157,7 +158,8 @@ def _waterfall(
     if _all_known(at["written_at"]):
         # who loses the processor within the call stamps its end late, when others have long been at work
         room = np.maximum(at["ttft"] - (at[f"stage_{passed[0]}_ttft"] if passed else told), 0)
-        meaning = "written_at - sent_at: the request handed to the kernel; at most what the other clocks leave of TTFT"
+        meaning = "its first byte -> all of it handed to the kernel, at most what the other clocks leave of TTFT; "
+        meaning += "written_at - sent_at"
         send = Bar("send", "send", meaning, np.minimum(at["written_at"] - since, room))
         bars.append(send)
         since, begun = since + send.seconds, "request written"
@@ -218,7 +220,8 @@ def bar_rows(waterfall: Waterfall) -> list[dict[str, Any]]:
     the requests in which the bar is below zero, ``least`` is its smallest value.
     """
     mean = float(waterfall.total.mean())
-    total = Bar("total", "first token since intended", "first token - intended_at", waterfall.total)
+    meaning = "from when it was meant to go out until its first token; first token - intended_at"
+    total = Bar("total", "first token since intended", meaning, waterfall.total)
     return [
         {
             "name": bar.name,
