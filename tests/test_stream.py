@@ -81,7 +81,8 @@ def test_events_of_a_whole_stream_are_those_of_the_decoder(pieces, cuts):
         expected = [(data, index) for index, piece in enumerate(reads) for data in decoder.feed(piece)]
         expected += [(data, len(reads)) for data in decoder.flush()]
 
-        assert list(_events(body_of([(0, piece) for piece in reads]))) == expected
+        events, last_reads, wrong = _events(body_of([(0, piece) for piece in reads]))
+        assert (list(zip(events, last_reads, strict=True)), wrong) == (expected, None)
 
 
 @pytest.mark.parametrize("line", [b"data: ", b": ", b""])

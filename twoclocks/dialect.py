@@ -7,7 +7,6 @@ nothing is parsed while others stream.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from itertools import accumulate, compress, pairwise
 from typing import Annotated, Any, NamedTuple
 
@@ -65,14 +64,6 @@ class _Payload(msgspec.Struct, gc=False):
     details: _TgiDetails | None = None
 
 
-class _Other(msgspec.Struct, frozen=True):
-    """An event that is no payload."""
-
-    error: str | None = None
-    malformed: str | None = None
-    done: bool = False
-
-
 _decode = msgspec.json.Decoder(_Payload).decode
 _NO_DELTA = _Delta()
 
@@ -82,23 +73,13 @@ Chunk = tuple[Kind, int, str, str | None]
 
 def parse_event(data: bytes) -> tuple[list[Chunk], str | None]:
     """The chunks of one event's data (one a choice), and the text of the error that it is; never raises."""
-    payload = _payload(data)
-    if isinstance(payload, _Other):
-        return [], payload.error
+    try:
+        payload = _decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return [], None
     if payload.error is not None:
         return [], _error_message(payload.error)
     return _chunks(payload)[0], None
-
-
-def _payload(data: bytes) -> _Payload | _Other:
-    if data == b"[DONE]":
-        return _Other(done=True)
-    try:
-        return _decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        if data.lstrip().startswith(b'{"error"'):  # transformers puts messages into its error event unescaped
-            return _Other(error=data.decode("utf-8", "replace"))
-        return _Other(malformed=f"{error}: {data[:200].decode('utf-8', 'replace')}")
 
 
 def _chunks(payload: _Payload) -> tuple[list[Chunk], _Usage | None]:
@@ -228,35 +209,38 @@ def read_stream(body: Body) -> Stream:
     server: dict[str, Any] | None = None
     error = malformed = None
     done = False
-    try:
-        for data, read in _events(body):
-            payload = _payload(data)
-            if isinstance(payload, _Other):
-                error = error or payload.error
-                malformed = malformed or payload.malformed
-                done = done or payload.done
-                continue
-            if payload.error is not None:
-                error = error or _error_message(payload.error)
-                continue
-            if len(chunks) > MAX_CHUNKS:
-                malformed = f"an answer of more than {MAX_CHUNKS} chunks"
-                break
-            in_event, counts = _chunks(payload)
-            count = None
-            if counts is not None:
-                count = counts.completion_tokens
-                if count is not None or counts.prompt_tokens is not None:
-                    usage = counts
-            for chunk in in_event:
-                chunks.append(chunk)
-                reads.append(read)
-                told.append(count)
-            if in_event[0][0] in TOKEN_KINDS or (len(in_event) > 1 and any(c[0] in TOKEN_KINDS for c in in_event)):
-                token_reads.append(read)
-            server = payload.metrics or payload.timings or server
-    except EventTooLong as too_long:
-        malformed = malformed or str(too_long)
+    events, last_reads, too_long = _events(body)
+    for data, read in zip(events, last_reads, strict=True):
+        try:
+            payload = _decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as wrong:
+            if data == b"[DONE]":
+                done = True
+            elif data.lstrip().startswith(b'{"error"'):  # transformers puts messages into its error event unescaped
+                error = error or data.decode("utf-8", "replace")
+            else:
+                malformed = malformed or f"{wrong}: {data[:200].decode('utf-8', 'replace')}"
+            continue
+        if payload.error is not None:
+            error = error or _error_message(payload.error)
+            continue
+        in_event, counts = _chunks(payload)
+        count = None
+        if counts is not None:
+            count = counts.completion_tokens
+            if count is not None or counts.prompt_tokens is not None:
+                usage = counts
+        for chunk in in_event:
+            chunks.append(chunk)
+            reads.append(read)
+            told.append(count)
+        if in_event[0][0] in TOKEN_KINDS or (len(in_event) > 1 and any(c[0] in TOKEN_KINDS for c in in_event)):
+            token_reads.append(read)
+        server = payload.metrics or payload.timings or server
+        if len(chunks) > MAX_CHUNKS:
+            malformed = malformed or f"an answer of more than {MAX_CHUNKS} chunks"
+            break
+    malformed = malformed or too_long
 
     kinds = [chunk[0] for chunk in chunks]
     choices = [chunk[1] for chunk in chunks]
@@ -333,33 +317,45 @@ def _whole_kind(tool_calls: Any, reasoning: Any, content: Any) -> Kind:
     return "tool" if tool_calls else "content" if content else "reasoning" if reasoning else "empty"
 
 
-def _events(body: Body) -> Iterator[tuple[bytes, int]]:
-    """(data, index of the read that brought its last byte) of each event; of those that the end of the stream
-    completed, the number of reads.
+def _events(body: Body) -> tuple[list[bytes], list[int], str | None]:
+    """The data of each event, the read that brought its last byte (of those that the end of the stream completed, the
+    number of reads), and what was wrong with the one at which reading ended.
 
     The same as SseDecoder, in fewer steps for what every stream looks like: lines of data with a blank one after each.
-    Raises EventTooLong.
     """
-    data = body.data
-    lines = data.split(b"\n")
-    if b"\r" in data or len(data) > MAX_EVENT_BYTES or any(lines[1::2]):
-        decoder = SseDecoder()
-        for read, (start, end) in enumerate(pairwise([0, *body.ends])):
-            for event in decoder.feed(data[start:end]):
-                yield event, read
-        for event in decoder.flush():
-            yield event, len(body.ends)
-        return
-    ends = [*body.ends, len(data) + 2]
+    lines = body.data.split(b"\n")
+    if b"\r" in body.data or len(body.data) > MAX_EVENT_BYTES or any(lines[1::2]):
+        return _decoded(body)
+    events, reads = [], []
+    ends = [*body.ends, len(body.data) + 2]
     read = position = 0
     for line in lines[::2]:
         position += len(line) + 2
         while ends[read] < position:
             read += 1
         if line.startswith(b"data: "):
-            yield line[6:], read
+            events.append(line[6:])
+            reads.append(read)
         elif line.startswith(b"data:"):
-            yield line[5:], read
+            events.append(line[5:])
+            reads.append(read)
+    return events, reads, None
+
+
+def _decoded(body: Body) -> tuple[list[bytes], list[int], str | None]:
+    """The same by SseDecoder."""
+    decoder, events, reads = SseDecoder(), [], []
+    try:
+        for read, (start, end) in enumerate(pairwise([0, *body.ends])):
+            for event in decoder.feed(body.data[start:end]):
+                events.append(event)
+                reads.append(read)
+        for event in decoder.flush():
+            events.append(event)
+            reads.append(len(body.ends))
+    except EventTooLong as too_long:
+        return events, reads, str(too_long)
+    return events, reads, None
 
 
 def _count(value: Any) -> int | None:
