@@ -149,3 +149,26 @@ def test_what_cannot_be_sent_is_told_before(tmp_path, keys, words):
     assert code == 2
     assert words in output
     assert len([line for line in output.splitlines() if "Starting Locust" not in line]) == 1
+
+
+def test_a_salt_of_the_run_is_one_for_warm_up_and_workers(tmp_path):
+    load = shape(requests=8)
+    with FakeServer(lambda body: plain_answer(2)) as server:
+        code, output = run(
+            tmp_path,
+            "-H",
+            server.url,
+            "-u",
+            "2",
+            *load,
+            "--set",
+            "workload.salt=run",
+            "--processes",
+            "2",
+            "--no-report",
+        )
+        first_lines = {body["messages"][0]["content"].split("\n")[0] for _, body in server.requests}
+        count = len(server.requests)
+
+    assert code == 0, output
+    assert (len(first_lines), count) == (1, 12)

@@ -1,12 +1,21 @@
 import itertools
 import json
+import random
 from pathlib import Path
 
 import pytest
 
 from twoclocks.errors import ExperimentError
-from twoclocks.experiment import Experiment, Target, Workload
-from twoclocks.workload import load_prompts, order_prompts, plans, request_body
+from twoclocks.experiment import Experiment, MixPart, Target, Workload, load_experiment
+from twoclocks.workload import (
+    load_prompts,
+    load_workload,
+    new_salt,
+    order_prompts,
+    plans,
+    prefix_plan,
+    request_body,
+)
 
 DEMO = Path(__file__).parent.parent / "requests" / "demo.jsonl"
 
@@ -122,3 +131,263 @@ def test_sglang_reads_its_id_from_the_body(tmp_path):
     assert [body.pop("rid") for body in bodies] == [first.request_id, second.request_id]
     assert bodies[0] == bodies[1] == request_body(prompts[0], experiment, "m")
     assert (bodies[0]["stream"], bodies[0]["return_meta_info"], "stream_options" in bodies[0]) == (False, True, False)
+
+
+# hostile lines
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"prompt": "a", "at": -1}', "line 2: 'at': expected seconds since the beginning of the trace, found -1"),
+        ('{"prompt": "a", "at": "soon"}', "line 2: 'at': expected seconds"),
+        ('{"prompt": "a", "at": true}', "line 2: 'at': expected seconds"),
+        ("[" * 100_000, "line 2: is not JSON"),
+        ('{"prompt": "\\ud800"}', "line 2: is not JSON"),
+    ],
+)
+def test_a_hostile_line_is_named(tmp_path, line, expected):
+    with pytest.raises(ExperimentError, match=expected):
+        prompts_of(tmp_path, {"prompt": "fine"}, line + "\n")
+
+
+# what passes through untouched
+
+
+PICTURE = {
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {
+                    "type": "image_url",
+                    "image_url": {"url": "https://example.org/a%20b.png?x=1&y=\u00e9", "detail": "low"},
+                },
+                {"type": "text", "text": "What is this?"},
+            ],
+        }
+    ]
+}
+
+
+def test_pictures_by_address_are_sent_as_they_stand(tmp_path):
+    prompts = prompts_of(tmp_path, PICTURE)
+    plan = next(plans(Experiment(), prompts, "m"))
+
+    assert json.loads(plan.body)["messages"] == PICTURE["messages"]
+
+
+def test_choices_and_logprobs_come_from_the_line_or_from_extra_body(tmp_path):
+    (prompt,) = prompts_of(tmp_path, {"prompt": "x", "n": 2, "logprobs": 5, "best_of": 3}, api="completions")
+    line = body_of(prompt, api="completions")
+    forced = body_of(prompt, api="completions", extra_body={"n": 4, "best_of": 4})
+
+    assert (line["n"], line["logprobs"], line["best_of"]) == (2, 5, 3)
+    assert (forced["n"], forced["logprobs"], forced["best_of"]) == (4, 5, 4)
+
+
+def test_what_converters_note_for_us_is_not_sent(tmp_path):
+    notes = {"expected_prompt_tokens": 3, "expected_cached_tokens": 1, "made": {"by": "azure.py"}, "at": 0.5}
+    (prompt,) = prompts_of(tmp_path, {"prompt": "x"} | notes)
+
+    assert prompt.body.keys() == {"messages"}
+    assert prompt.at == 0.5
+
+
+# salt
+
+
+def salted_plans(tmp_path, line, salt, *, api="chat", count=3, run_salt=None, **target):
+    path = tmp_path / "salted.jsonl"
+    path.write_text(json.dumps(line, ensure_ascii=False))
+    experiment = Experiment(
+        target=Target(api=api, **target), workload=Workload(requests=str(path), salt=salt, order="in-order")
+    )
+    made = plans(experiment, load_workload(experiment), "m", salt=run_salt)
+    return [(plan, json.loads(plan.body)) for plan in itertools.islice(made, count)]
+
+
+@pytest.mark.parametrize(
+    ("api", "line", "prompt_of"),
+    [
+        ("chat", {"prompt": 'say "\u00e9\u2028"'}, lambda body: body["messages"][0]["content"]),
+        (
+            "chat",
+            {"messages": [{"role": "system", "content": 'say "\u00e9\u2028"'}, {"role": "user", "content": "x"}]},
+            lambda body: body["messages"][0]["content"],
+        ),
+        ("completions", {"prompt": 'say "\u00e9\u2028"'}, lambda body: body["prompt"]),
+        ("tgi-generate", {"prompt": 'say "\u00e9\u2028"'}, lambda body: body["inputs"]),
+    ],
+)
+def test_a_prompt_salted_by_request_begins_with_a_line_of_its_own(tmp_path, api, line, prompt_of):
+    made = salted_plans(tmp_path, line, "request", api=api)
+
+    for plan, body in made:
+        assert prompt_of(body) == f'[{plan.request_id[:12]}]\nsay "\u00e9\u2028"'
+    assert len({prompt_of(body) for _, body in made}) == 3
+
+
+def test_only_the_first_text_is_salted_and_all_else_stays(tmp_path):
+    line = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user"}]}
+    line |= {"max_tokens": 7, "top_k": 2}
+    ((_, plain),) = salted_plans(tmp_path, line, "none", count=1)
+    ((plan, salted),) = salted_plans(tmp_path, line, "run", count=1, run_salt="0123456789ab")
+    salted["messages"][0]["content"] = salted["messages"][0]["content"].removeprefix("[0123456789ab]\n")
+
+    assert salted == plain
+    assert plan.max_tokens == 7
+
+
+def test_a_picture_comes_after_the_salt(tmp_path):
+    ((_, body),) = salted_plans(tmp_path, PICTURE, "run", count=1, run_salt="0123456789ab")
+    content = body["messages"][0]["content"]
+
+    assert content == [{"type": "text", "text": "[0123456789ab]\n"}, *PICTURE["messages"][0]["content"]]
+
+
+def test_a_salt_of_the_run_is_one_for_all_its_requests_and_workers(tmp_path):
+    runs = [
+        {body["messages"][0]["content"] for _, body in salted_plans(tmp_path, {"prompt": "x"}, "run", run_salt=salt)}
+        for salt in ("0123456789ab", "0123456789ab", None, None)
+    ]
+
+    assert all(len(contents) == 1 for contents in runs)
+    assert runs[0] == runs[1] == {"[0123456789ab]\nx"}
+    assert len({*runs[1], *runs[2], *runs[3]}) == 3
+    assert len(new_salt()) == 12
+
+
+def test_salt_and_the_request_id_of_sglang_go_together(tmp_path):
+    for plan, body in salted_plans(tmp_path, {"prompt": "x"}, "request", server="sglang"):
+        assert body["rid"] == plan.request_id
+        assert body["messages"][0]["content"] == f"[{plan.request_id[:12]}]\nx"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ({"prompt": [1, 2, 3]}, "workload.salt: prompt '1' is no text"),
+        ({"prompt": "x", "messages": [{"role": "assistant", "content": None}]}, "the first message of prompt '1'"),
+        ({"prompt": "x", "messages": "hello"}, "the first message of prompt '1'"),
+    ],
+)
+def test_a_prompt_that_cannot_be_salted_is_told_before_the_run(tmp_path, line, expected):
+    with pytest.raises(ExperimentError, match=expected):
+        salted_plans(tmp_path, line, "request", api="completions")
+
+
+def test_bodies_beyond_the_memory_kept_for_them_are_the_same(tmp_path, monkeypatch):
+    prompts = prompts_of(tmp_path, *[{"id": str(number), "prompt": "x" * 1000} for number in range(5)])
+    experiment = Experiment(workload=Workload(order="in-order"))
+    kept = [plan.body for plan in itertools.islice(plans(experiment, prompts, "m"), 15)]
+    monkeypatch.setattr("twoclocks.workload.ENCODED_BYTES", 2500)
+
+    assert [plan.body for plan in itertools.islice(plans(experiment, prompts, "m"), 15)] == kept
+
+
+# mix
+
+
+def mix_of(tmp_path, *parts, **workload):
+    """A mix of files that are called a, b ... and hold ten prompts each."""
+    written = []
+    for letter, part in zip("abcdef", parts, strict=False):
+        path = tmp_path / f"{letter}.jsonl"
+        lines = [{"id": str(n), "prompt": f"{letter}{n}", "session": f"s{n}"} for n in range(10)]
+        path.write_text("\n".join(map(json.dumps, lines)))
+        written.append(MixPart(requests=str(path), **part))
+    return Experiment(workload=Workload(mix=written, **workload))
+
+
+def test_a_mix_keeps_to_its_weights_and_names_where_a_prompt_is_from(tmp_path):
+    experiment = mix_of(tmp_path, {"weight": 3, "max_tokens": 5}, {"weight": 1, "name": "long"})
+    made = list(itertools.islice(plans(experiment, load_workload(experiment), "m"), 4000))
+    first = [plan for plan in made if plan.prompt.id.startswith("a/")]
+    other = [plan for plan in made if plan.prompt.id.startswith("long/")]
+
+    assert len(first) + len(other) == 4000
+    assert abs(len(first) - 3000) < 4 * (4000 * 0.75 * 0.25) ** 0.5  # four standard deviations of a fair draw
+    assert {plan.max_tokens for plan in first} == {5}
+    assert {plan.max_tokens for plan in other} == {128}
+    assert first[0].prompt.session.startswith("a/s")
+    # each part keeps an order of its own: a shuffle goes through all of it before one comes again
+    assert sorted(plan.prompt.id for plan in first[:10]) == sorted({plan.prompt.id for plan in first})
+
+
+def test_a_mix_is_the_same_by_seed_and_shared_out_to_workers(tmp_path):
+    def ids(seed, share=0, shares=1, count=120):
+        experiment = mix_of(tmp_path, {"weight": 2}, {}, {"weight": 0.5}, seed=seed)
+        made = plans(experiment, load_workload(experiment), "m", share=share, shares=shares)
+        return [plan.prompt.id for plan in itertools.islice(made, count)]
+
+    shares = [ids(1, share, 3, 40) for share in range(3)]
+
+    assert ids(1) == ids(1) != ids(2)
+    assert [one for round_ in zip(*shares, strict=True) for one in round_] == ids(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("workload: {mix: [{requests: a.jsonl}], requests: b.jsonl}", "workload.mix: stands in place of"),
+        ("workload: {mix: [{requests: x/a.jsonl}, {requests: y/a.jsonl}]}", "workload.mix: two parts are called 'a'"),
+        ("workload: {mix: [{requests: a.jsonl}]}\nload: {shape: trace}", "workload.mix: a trace has an order"),
+        ("workload: {mix: [{requests: a.jsonl, weight: 0}]}", r"workload.mix\[0\].weight: expected `float` > 0.0"),
+        ("workload: {mix: [{requests: a.jsonl, wieght: 2}]}", r"workload.mix\[0\]: .*unknown field `wieght`"),
+        ("workload: {mix: [{weight: 2}]}", r"workload.mix\[0\]: .*missing required field `requests`"),
+        ("workload: {salt: always}", "workload.salt: expected none | run | request, found 'always'"),
+        ("workload: {salt: run}\ntarget: {extra_body: {prompt: x}}", "workload.salt: target.extra_body replaces"),
+    ],
+)
+def test_what_is_wrong_with_mix_and_salt_is_told_in_one_line(tmp_path, text, expected):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ExperimentError, match=expected) as raised:
+        load_experiment(path)
+
+    assert "\n" not in str(raised.value)
+
+
+def test_a_mix_names_the_file_that_cannot_be_read(tmp_path):
+    experiment = mix_of(tmp_path, {}, {})
+    (tmp_path / "b.jsonl").write_text("{}\n")
+    with pytest.raises(ExperimentError, match=r"b\.jsonl line 1: has no 'messages'"):
+        load_workload(experiment)
+
+
+# the share that a perfect prefix cache could answer
+
+
+def by_tree(texts):
+    """The same by its meaning: what of each text, in the order of sending, has come before."""
+    seen, hits = set(), 0
+    for text in texts:
+        begun = [text[: end + 1] for end in range(len(text))]
+        hits += sum(one in seen for one in begun)
+        seen.update(begun)
+    return hits / sum(map(len, texts))
+
+
+def test_prefix_plan_is_what_a_prefix_tree_says(tmp_path):
+    rng = random.Random(5)
+    texts = ["".join(rng.choices("ab", k=rng.randrange(1, 12))) for _ in range(200)]
+    prompts = prompts_of(tmp_path, *[{"prompt": text} for text in texts], api="completions")
+    sent = [text + "\0None\0" for text in texts]
+
+    assert prefix_plan(prompts) == pytest.approx(by_tree(sent), abs=1e-12)
+    assert prefix_plan(reversed(prompts)) == pytest.approx(prefix_plan(prompts), abs=1e-12)
+
+
+def test_prefix_plan_counts_turns_repeats_and_roles(tmp_path):
+    first = [{"role": "user", "content": "q" * 100}]
+    second = [*first, {"role": "assistant", "content": "a" * 100}, {"role": "user", "content": "r" * 100}]
+    turns = prompts_of(tmp_path, {"messages": first}, {"messages": second})
+    strangers = prompts_of(tmp_path, {"prompt": "x" * 100}, {"prompt": "y" * 100})
+
+    assert prefix_plan(turns) == pytest.approx(1 / 4, abs=0.02)
+    assert prefix_plan(strangers) == 0
+    assert prefix_plan(strangers * 4) == pytest.approx(3 / 4)
+    assert prefix_plan(strangers * 4, salt="request") == 0
+    assert prefix_plan([]) == 0
+    assert 0 < prefix_plan(prompts_of(tmp_path, PICTURE, PICTURE)) <= 0.5

@@ -16,10 +16,11 @@ from locust.runners import MasterRunner, WorkerRunner
 from twoclocks.endpoint import make_endpoint, token_counter
 from twoclocks.errors import TwoclocksError
 from twoclocks.experiment import load_experiment
+from twoclocks.levels import one_run_only
 from twoclocks.master import MasterSide, apply_options
 from twoclocks.shapes import first_users, in_window, length_s
 from twoclocks.worker import WorkerSide
-from twoclocks.workload import load_prompts
+from twoclocks.workload import load_workload
 
 DEFAULT_EXPERIMENT = Path(__file__).parent.parent / "configs" / "default.yaml"
 
@@ -68,9 +69,9 @@ def on_init(environment: Environment, runner: Any, **_: Any) -> None:
     assert options is not None
     try:
         experiment = load_experiment(Path(options.experiment), options.overrides)
+        one_run_only(experiment.load)
         settings = apply_options(experiment, options)
-        prompts = load_prompts(Path(settings.workload.requests), settings.target.api)
-        in_window(prompts, settings.load)  # so that what cannot be sent is told at once
+        in_window(load_workload(settings), settings.load)  # so that what cannot be sent is told at once
         make_endpoint(settings.target, settings.timeouts)
         token_counter(settings.target.tokenizer)
     except TwoclocksError as error:

@@ -3,7 +3,6 @@
 import itertools
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import gevent
@@ -17,7 +16,7 @@ from twoclocks.run_folder import this_clock
 from twoclocks.selfwatch import watch
 from twoclocks.shapes import dealt, in_window
 from twoclocks.user import Sender, StreamingUser
-from twoclocks.workload import load_prompts, plans
+from twoclocks.workload import load_workload, plans
 
 FLUSH_S = 0.5  # a killed worker loses at most this much of its finished requests
 
@@ -48,7 +47,7 @@ class WorkerSide:
             log.error("this worker has another clock than the master; workers on other hosts are not supported yet")
             self.runner.quit()
             return
-        prompts = in_window(load_prompts(Path(experiment.workload.requests), experiment.target.api), experiment.load)
+        prompts = in_window(load_workload(experiment), experiment.load)
         self.run, self.lines, self.self_lines, self.count = data["run"], [], [], 0
         endpoint = make_endpoint(experiment.target, experiment.timeouts)
         reader = reader_name(endpoint)
@@ -59,7 +58,7 @@ class WorkerSide:
             endpoint=endpoint,
             zero_ns=data["zero_ns"],
             worker=share,
-            plans=plans(experiment, prompts, data["model"], share=share, shares=shares),
+            plans=plans(experiment, prompts, data["model"], share=share, shares=shares, salt=data["salt"]),
             sink=self.lines.append,
             count_tokens=token_counter(experiment.target.tokenizer),
             numbers=itertools.count(share, shares),

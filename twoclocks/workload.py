@@ -1,23 +1,30 @@
 """What to send: request files -> prompts -> an endless sequence of plans, one a request.
 
-Pure: reads the request file once, then only arithmetic. The stream client takes a Plan and knows nothing of workloads.
+Pure: reads the request files once, then only arithmetic. The stream client takes a Plan and knows nothing of workloads.
 """
 
 import itertools
 import math
 import random
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from twoclocks.errors import ExperimentError
-from twoclocks.experiment import Experiment
+from twoclocks.experiment import Experiment, Workload, mix_name
 
-OURS = {"id", "expected_output_tokens", "session", "turn", "at"}
+OURS = {
+    "id", "session", "turn", "at", "expected_output_tokens", "expected_prompt_tokens", "expected_cached_tokens", "made",
+}  # fmt: skip
 """Keys of a request line that are for us; every other one is sent to the server as it stands."""
+
+SALT_LENGTH = 12
+"""Hexadecimal digits, 48 bits: two requests in ten million have the same with a chance of 1 in 6."""
+ENCODED_BYTES = 1 << 28
+"""Encoded bodies that are kept for their next turn. Beyond them a body is encoded each time that it is sent."""
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -29,6 +36,7 @@ class Prompt(msgspec.Struct, frozen=True):
     turn: int | None = None
     expected_output_tokens: int | None = None
     at: float | None = None  # seconds since the beginning of the trace that it is from
+    part: int = 0  # which part of the mix it is from
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -41,18 +49,44 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def load_prompts(path: Path, api: str) -> list[Prompt]:
-    """The prompts of a JSON Lines request file, in file order.
+    """The prompts of a JSON Lines request file, in file order. All are held: memory is that of the file.
 
     A line is ``{"id", "messages" | "prompt", ...}``. ``messages`` fits api "chat", ``prompt`` fits both (for chat it
     becomes one user message). Raises ExperimentError naming file and line.
     """
     try:
-        lines = path.read_bytes().split(b"\n")  # only \n ends a line; texts may hold raw U+2028
+        with path.open("rb") as file:  # a binary file splits at \n alone; texts may hold raw U+2028
+            prompts = [_prompt(line, number, path, api) for number, line in enumerate(file, 1) if line.strip()]
     except OSError as error:
         raise ExperimentError(f"{path}: request file cannot be read: {error.strerror}") from None
-    prompts = [_prompt(line, number, path, api) for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise ExperimentError(f"{path}: holds no request; each line is one, such as {{'id': 'a', 'prompt': 'Hello'}}")
+    return prompts
+
+
+def load_workload(experiment: Experiment) -> list[Prompt]:
+    """The prompts of ``workload.requests``, or of every part of ``workload.mix`` with ids NAME/ID.
+
+    Raises ExperimentError, also for a prompt that ``workload.salt`` cannot begin.
+    """
+    workload, api = experiment.workload, experiment.target.api
+    prompts: list[Prompt] = [] if workload.mix else load_prompts(Path(workload.requests), api)
+    for number, part in enumerate(workload.mix):
+        name = mix_name(part)
+        defaults = {} if part.max_tokens is None else {"max_tokens": part.max_tokens}
+        prompts += [
+            msgspec.structs.replace(
+                prompt,
+                id=f"{name}/{prompt.id}",
+                body=defaults | prompt.body,
+                session=None if prompt.session is None else f"{name}/{prompt.session}",
+                part=number,
+            )
+            for prompt in load_prompts(Path(part.requests), api)
+        ]
+    if workload.salt != "none":
+        for prompt in prompts:
+            salted(prompt, "")
     return prompts
 
 
@@ -60,7 +94,7 @@ def _prompt(line: bytes, number: int, path: Path, api: str) -> Prompt:
     where = f"{path} line {number}"
     try:
         raw = msgspec.json.decode(line)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ExperimentError(f"{where}: is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ExperimentError(f"{where}: expected an object, found {type(raw).__name__}")
@@ -113,7 +147,7 @@ def _tgi_body(prompt: Prompt, experiment: Experiment) -> dict[str, Any]:
     return body | experiment.target.extra_body
 
 
-def order_prompts(prompts: list[Prompt], order: str, seed: int) -> Iterator[Prompt]:
+def order_prompts(prompts: list[Prompt], order: str, seed: int | str) -> Iterator[Prompt]:
     """The prompts again and again, without end: in file order, in a new shuffle each round, or drawn at random."""
     rng = random.Random(seed)
     while True:
@@ -123,22 +157,146 @@ def order_prompts(prompts: list[Prompt], order: str, seed: int) -> Iterator[Prom
             yield from rng.sample(prompts, len(prompts)) if order == "shuffled" else prompts
 
 
+def order_mix(prompts: list[Prompt], workload: Workload) -> Iterator[Prompt]:
+    """Each time a part of the mix, drawn by its weight, and of that part the next prompt in an order of its own."""
+    orders = [
+        order_prompts(
+            [prompt for prompt in prompts if prompt.part == number], workload.order, f"{workload.seed}/{number}"
+        )
+        for number in range(len(workload.mix))
+    ]
+    bounds = list(itertools.accumulate(part.weight for part in workload.mix))
+    rng = random.Random(workload.seed)
+    while True:
+        yield next(rng.choices(orders, cum_weights=bounds)[0])
+
+
+def new_salt() -> str:
+    """The salt of a run, which its master draws and every worker is told."""
+    return secrets.token_hex(SALT_LENGTH // 2)
+
+
+def salted(prompt: Prompt, line: str) -> Prompt:
+    """The prompt with a line before its first text, which for a chat is that of the first message.
+
+    What the chat template itself puts before the first message stays the same for all. A picture in a first message
+    comes after the line. Raises ExperimentError for a prompt of token ids or a first message without content.
+    """
+    changed: dict[str, Any] = {}
+    if "messages" in prompt.body:
+        messages = prompt.body["messages"]
+        first = messages[0] if isinstance(messages, list) and isinstance(messages[0], dict) else {}
+        content = first.get("content")
+        if isinstance(content, str):
+            content = line + content
+        elif isinstance(content, list):
+            content = [{"type": "text", "text": line}, *content]
+        else:
+            raise ExperimentError(f"workload.salt: the first message of prompt {prompt.id!r:.80} has no content")
+        changed["messages"] = [first | {"content": content}, *messages[1:]]
+    if "prompt" in prompt.body:
+        if not isinstance(prompt.body["prompt"], str):
+            raise ExperimentError(f"workload.salt: prompt {prompt.id!r:.80} is no text; set workload.salt: none")
+        changed["prompt"] = line + prompt.body["prompt"]
+    return msgspec.structs.replace(prompt, body=prompt.body | changed)
+
+
 def plans(
-    experiment: Experiment, prompts: list[Prompt], model: str, *, share: int = 0, shares: int = 1
+    experiment: Experiment,
+    prompts: list[Prompt],
+    model: str,
+    *,
+    share: int = 0,
+    shares: int = 1,
+    salt: str | None = None,
 ) -> Iterator[Plan]:
-    """An endless sequence of plans; worker ``share`` of ``shares`` gets every ``shares``-th prompt of the one order."""
-    bodies: dict[int, tuple[bytes, int | None]] = {}  # by identity, since ids of a user's file may repeat
-    order = "in-order" if experiment.load.shape == "trace" else experiment.workload.order
-    ordered = order_prompts(prompts, order, experiment.workload.seed)
+    """An endless sequence of plans; worker ``share`` of ``shares`` gets every ``shares``-th prompt of the one order.
+
+    ``salt``: that of the run, SALT_LENGTH digits, for ``workload.salt: run``; one of its own if not given. A request's
+    own salt is the beginning of its request_id.
+    """
+    workload = experiment.workload
+    if workload.mix:
+        ordered = order_mix(prompts, workload)
+    else:
+        order = "in-order" if experiment.load.shape == "trace" else workload.order
+        ordered = order_prompts(prompts, order, workload.seed)
+    salt_of_run = (salt or new_salt()).encode()
+    # Each body is encoded once with a placeholder, at which it is cut; a salt then joins the pieces.
+    placeholder = None if workload.salt == "none" else new_salt()
+    bodies: dict[int, tuple[list[bytes], int | None]] = {}  # by identity, since ids of a user's file may repeat
+    room = ENCODED_BYTES
     for prompt in itertools.islice(ordered, share, None, shares):
         made = bodies.get(id(prompt))
         if made is None:
-            body = request_body(prompt, experiment, model)
-            made = bodies[id(prompt)] = (msgspec.json.encode(body), _max_tokens(body))
-        request_id, (encoded, max_tokens) = secrets.token_hex(16), made
+            made = _encode(prompt, experiment, model, placeholder)
+            size = sum(map(len, made[0]))
+            if size <= room:
+                bodies[id(prompt)] = made
+                room -= size
+        request_id, (pieces, max_tokens) = secrets.token_hex(16), made
+        own = request_id[:SALT_LENGTH].encode() if workload.salt == "request" else salt_of_run
+        encoded = own.join(pieces)
         if experiment.target.server == "sglang":  # which reads its id from the body, not from a header
             encoded = b'%b,"rid":"%b"}' % (encoded[:-1], request_id.encode())
         yield Plan(request_id, prompt, encoded, max_tokens)
+
+
+def _encode(
+    prompt: Prompt, experiment: Experiment, model: str, placeholder: str | None
+) -> tuple[list[bytes], int | None]:
+    """A body, cut where its salt belongs, and the max_tokens that it allows."""
+    if placeholder is None:
+        body = request_body(prompt, experiment, model)
+        return [msgspec.json.encode(body)], _max_tokens(body)
+    body = request_body(salted(prompt, f"[{placeholder}]\n"), experiment, model)
+    return msgspec.json.encode(body).split(placeholder.encode()), _max_tokens(body)
+
+
+def prefix_plan(prompts: Iterable[Prompt], salt: str = "none") -> float:
+    """Share of the prompt characters that a perfect prefix cache could answer, 0 to 1, when these are sent in turn.
+
+    A prompt that is sent n times stands n times among them. A perfect cache is empty at first, holds all that was ever
+    sent, by the character, and has each prompt before the next one comes: a bound for a real one, which holds whole
+    blocks and forgets. Answers are not counted, nor what a chat template adds. ``salt``: the ``workload.salt``; with a
+    salt a request no prompt begins like another.
+
+    The formula: 1 - (characters that are new when they come) / (all characters). The new ones are the nodes of the
+    prompts' prefix tree, whatever their order; in sorted order each prompt adds what follows its longest common prefix
+    with the one before it. Costs a sort and n binary searches.
+    """
+    if salt == "request":
+        return 0.0
+    total, new, before = 0, 0, ""
+    for text in sorted(map(_text, prompts)):
+        total += len(text)
+        new += len(text) - _common_prefix(before, text)
+        before = text
+    return 1 - new / total if total else 0.0
+
+
+def _text(prompt: Prompt) -> str:
+    """A prompt as a cache sees it: the contents one after the other, each closed by its role, pictures by address."""
+    messages = prompt.body.get("messages")
+    if not isinstance(messages, list):
+        messages = [{"content": prompt.body.get("prompt")}]
+    return "".join(_content(message.get("content")) + f"\0{message.get('role')}\0" for message in messages)
+
+
+def _content(content: Any) -> str:
+    return content if isinstance(content, str) else msgspec.json.encode(content).decode()
+
+
+def _common_prefix(one: str, other: str) -> int:
+    """Characters that both begin with."""
+    same, differ = 0, min(len(one), len(other)) + 1  # the first `same` are equal, the first `differ` are not
+    while differ - same > 1:
+        middle = (same + differ) // 2
+        if one[same:middle] == other[same:middle]:
+            same = middle
+        else:
+            differ = middle
+    return same
 
 
 def _max_tokens(body: dict[str, Any]) -> int | None:
