@@ -376,6 +376,24 @@ def test_means_that_tell_of_others_too_are_not_cut_up(tmp_path):
     assert [one["source"] for one in summarise(twoclocks.load_run(tmp_path / "r"))["waterfall"]] == [None]
 
 
+def test_a_page_that_failed_from_the_middle_on_is_held_against_the_requests_until_then(tmp_path):
+    make_run(tmp_path / "r", requests=20)
+    path = tmp_path / "r" / "server_samples.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    middle = len(lines) // 2
+    failed = [{"url": line["url"], "at": line["at"], "until": line["at"], "error": "gone"} for line in lines[middle:]]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines[:middle], *failed]))
+
+    run = twoclocks.load_run(tmp_path / "r")
+    summary = summarise(run)
+
+    assert 0 < summary["scraped"]["requests"] < 20
+    assert run.scraped["sent_at"].max() < lines[middle - 1]["at"]
+    assert check(summary, "scrapes")["text"].endswith(f"up to second {lines[middle - 1]['at']:.1f}.")
+    assert check(summary, "only_our_traffic")["passed"] is True
+    assert "fewer_answers" not in {reason["name"] for reason in summary["verdict"]["reasons"]}
+
+
 def test_the_pages_of_a_stage_are_no_traffic_of_the_server(tmp_path):
     make_run(tmp_path / "r", requests=20)
     folder = tmp_path / "r"
@@ -433,3 +451,90 @@ def test_absurd_times_of_a_server_break_nothing(tmp_path):
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert summary["verdict"]["level"] == "INVALID"
     assert check(summary, "waterfall_not_negative")["passed"] is False
+
+
+def streamed(number, sent_at, late=0.0, ttft_us=100_000, **fields):
+    """A request of four tokens, 100 ms apart."""
+    chunks = {"chunk_us": [ttft_us, *[100_000] * 3], "chunk_kinds": [("content", 4)], "output_tokens": 4}
+    ended_at = sent_at + ttft_us / 1e6 + 0.3
+    times = {"intended_at": sent_at - late, "sent_at": sent_at, "ended_at": ended_at}
+    return record(f"{number:032x}", **times | chunks | fields)
+
+
+def test_both_throughputs_of_window_and_of_whole_run(tmp_path):
+    """From second 1 to the last token at 12.4 are 11.4 s; two tokens of the ninth answer come inside the window."""
+    records = [
+        streamed(0, -3.0, phase="warmup"),
+        *(streamed(1 + n, 1.0 + n) for n in range(8)),
+        streamed(20, 9.8),
+        streamed(21, 12.0, phase="drain"),
+    ]
+    write_folder(tmp_path / "r", records)
+
+    summary = summarise(twoclocks.load_run(tmp_path / "r"))
+    figures = summary["figures"]
+    text = terminal.to_text(terminal.render(summary))
+
+    assert figures["output_throughput"]["value"] == pytest.approx((8 * 4 + 2) / 10, abs=0.11)
+    assert figures["output_throughput_run"]["value"] == pytest.approx(10 * 4 / 11.4)
+    assert figures["request_throughput_run"]["value"] == pytest.approx(9 / 11.4)
+    assert "in the measuring window; 3.51 from the first request to the last token" in text
+    assert "due" not in figures
+
+
+def test_an_open_loop_tells_what_was_due_how_late_it_left_and_latency_from_then(tmp_path):
+    records = [streamed(n, 1.0 + 0.1 * n, late=0.001 * n) for n in range(50)]
+    write_folder(tmp_path / "r", records, not_sent=10)
+    (tmp_path / "r" / "experiment.yaml").write_text("load: {shape: rate, rate: 10}\n")
+
+    report.build(tmp_path / "r")
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    figures = summary["figures"]
+    late = 0.001 * np.arange(50)
+    text, html = ((tmp_path / "r" / name).read_text() for name in ("summary.txt", "report.html"))
+
+    assert (figures["due"]["value"], figures["not_sent"]["value"]) == (60, 10)
+    assert figures["offered_rate"]["value"] == pytest.approx(6.0)
+    assert figures["send_lateness"]["p99"] == pytest.approx(np.percentile(late, 99))
+    assert figures["send_lateness"]["max"] == pytest.approx(0.049)
+    assert figures["ttft_from_intended"]["p50"] == pytest.approx(0.1 + np.median(late))
+    assert figures["e2e_from_intended"]["max"] == pytest.approx(0.4 + 0.049)
+    for shown in (text, html):
+        assert "60 due (6.00 requests/s offered), 10 not sent" in shown
+        assert "TTFT from when it was due" in shown
+    assert [reason["name"] for reason in summary["verdict"]["reasons"] if reason["name"] == "not_sent"]
+
+
+def test_levels_are_summed_up_one_by_one(tmp_path):
+    """Three requests to level one, the last of which streams into level two, and five to level two, one of them bad."""
+    records = [streamed(n, at, ttft_us=100_000) for n, at in enumerate((1.0, 2.0, 3.85))]
+    records += [streamed(10 + n, 5.0 + n, ttft_us=300_000) for n in range(4)]
+    records += [record("f" * 32, sent_at=9.5, ended_at=9.6, status="error", error_kind="http_500")]
+    levels = [{"users": 1, "started_at": 0.0}, {"users": 4, "started_at": 4.0}]
+    write_folder(tmp_path / "r", records, levels=levels)
+
+    report.build(tmp_path / "r")
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    one, two = summary["levels"]
+    text, html = ((tmp_path / "r" / name).read_text() for name in ("summary.txt", "report.html"))
+
+    assert [(level["users"], level["from"], level["until"]) for level in (one, two)] == [(1, 0, 4), (4, 4, 10)]
+    assert [(level["requests"], level["ok"]) for level in (one, two)] == [(3, 3), (5, 4)]
+    assert one["output_throughput"] == pytest.approx(9 / 4)  # of the last answer one token comes in time
+    assert two["output_throughput"] == pytest.approx((3 + 16) / 6)
+    assert (one["ttft"]["p50"], two["ttft"]["p95"]) == (pytest.approx(0.1), pytest.approx(0.3))
+    assert two["tpot"]["p50"] == pytest.approx(0.1)
+    assert "Level by level" in text
+    assert "Level by level" in html
+    assert "2.25" in html
+
+
+@pytest.mark.parametrize(("stable", "words"), [(None, "in 3.2 s)"), (True, "had settled)"), (False, "NOT settled)")])
+def test_what_the_warm_up_came_to_is_told(tmp_path, stable, words):
+    warmup = {"requests": 1, "rounds": 1, "seconds": 3.2, "failed": 0, "stable": stable}
+    write_folder(tmp_path / "r", [streamed(0, -4.0, phase="warmup"), streamed(1, 1.0)], warmup=warmup)
+
+    summary = summarise(twoclocks.load_run(tmp_path / "r"))
+
+    assert summary["warmup"]["seconds"] == 3.2
+    assert terminal.warmup_words(summary).endswith(words)

@@ -267,6 +267,68 @@ def test_a_short_change_by_chance_is_no_drift(tmp_path):
     assert reasons(tmp_path, plain(200, chunk_us=lambda i: [round(1e5 * jitter[i]), *[20_000] * 7]))[0] == "VALID"
 
 
+def slowing(index):
+    """When request number `index` goes out: every 50 ms up to second 5, then every 100 ms."""
+    return 0.05 * index if index < 100 else 5 + 0.1 * (index - 100)
+
+
+SLOWING = dict.fromkeys(("intended_at", "sent_at"), slowing) | {"ended_at": lambda i: slowing(i) + 0.3}
+
+
+@pytest.mark.parametrize("rising", [False, True])
+@pytest.mark.parametrize(
+    ("experiment", "found"),
+    [
+        ("load: {shape: ramp}", True),
+        ("load: {shape: ramp, ramp_s: 6}", False),
+        ("load: {shape: steps, steps: [[8, 5], [4, 5]]}", False),
+        ("load: {shape: rate, rate: [[0, 20], [5, 20], [5, 10]]}", False),
+        ("load: {shape: trace}", False),
+    ],
+)
+def test_a_change_that_was_asked_for_is_no_drift(tmp_path, experiment, found, rising):
+    """Half the tokens from the middle on; with `rising`, TTFT is twice as long from there on, too."""
+    chunks = {"chunk_us": lambda i: [200_000 if rising and i >= 100 else 100_000, *[20_000] * 7]}
+    _, told = reasons(tmp_path, plain(150, **SLOWING | chunks), experiment=experiment)
+
+    assert list(told) == (["drift"] if found else [])
+    if found:
+        assert ("TTFT" if rising else "tokens/s") in told["drift"]["reason"]
+        assert told["drift"]["figure"] == pytest.approx(1.0 if rising else -0.5, abs=0.05)
+
+
+def test_tokens_of_an_open_loop_may_change_as_its_arrivals_do_and_its_ttft_may_not(tmp_path):
+    experiment = "load: {shape: rate, rate: 20}"
+
+    assert reasons(tmp_path / "a", plain(150, **SLOWING), experiment=experiment)[0] == "VALID"
+    rising = {"chunk_us": lambda i: [100_000 + 600 * i, *[20_000] * 7]}
+    assert list(reasons(tmp_path / "b", plain(200, **rising), experiment=experiment)[1]) == ["drift"]
+
+
+def test_the_end_of_so_many_requests_is_no_drift(tmp_path):
+    """Nothing is sent in the last half of the window, where the last answers come in."""
+    assert reasons(tmp_path, plain(200), window={"started_at": 0.0, "ended_at": 20.0})[0] == "VALID"
+
+
+def test_users_in_step_make_waves_and_no_drift(tmp_path):
+    """Twenty answers at once, and then for a second nothing."""
+    waves = {name: lambda i: 1.0 * (i // 20) for name in ("intended_at", "sent_at")}
+    chunks = {"chunk_us": [500_000, *[60_000] * 7]}
+    records = plain(400, **waves | chunks | {"ended_at": lambda i: i // 20 + 0.92})
+
+    assert reasons(tmp_path, records, window={"started_at": 0.0, "ended_at": 20.0})[0] == "VALID"
+
+
+@pytest.mark.parametrize(("unsent", "names"), [(0, []), (50, ["not_sent"])])
+def test_what_was_due_and_could_not_leave_is_told(tmp_path, unsent, names):
+    _, told = reasons(tmp_path, plain(), experiment="load: {shape: rate, rate: 20}", not_sent=unsent)
+
+    assert list(told) == names
+    if names:
+        assert told["not_sent"]["figure"] == pytest.approx(50 / 250)
+        assert "50 of 250 requests that were due (20.0%)" in told["not_sent"]["reason"]
+
+
 def test_the_synthetic_runs_of_the_other_tests_are_whole(tmp_path):
     make_run(tmp_path / "run", requests=120)
 

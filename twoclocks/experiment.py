@@ -25,6 +25,7 @@ NotNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 NoneWord = Literal["none"]
+DEMO = "requests/demo.jsonl"
 
 
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -52,16 +53,57 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     tokenizer: str | None = None  # path of a tokenizer.json; counts answers of servers that send no usage
 
 
+class MixPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One request file of a mix."""
+
+    requests: str
+    weight: Positive = 1  # its share of all requests is weight / sum of the weights
+    max_tokens: Count | None = None  # for its requests that bring none; workload.max_tokens if not given
+    name: str | None = None  # stands before the ids of its prompts; the file's name without its ending if not given
+
+
 class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    requests: str = "requests/demo.jsonl"
+    requests: str = DEMO
+    mix: list[MixPart] = []  # several request files in place of one
+    salt: Literal["none", "run", "request"] = "none"  # a line before each prompt, so that no cache knows it from before
     order: Literal["in-order", "shuffled", "random"] = "shuffled"
     seed: int = 1
     max_tokens: Count = 128  # for requests that bring none
     ignore_eos: bool = False
 
 
+class LevelRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, rename={"first": "from"}):
+    """Levels of a sweep by their ends and number, both ends among them."""
+
+    first: Positive  # `from` in the file, which Python keeps for itself
+    to: Positive
+    count: Annotated[int, Meta(ge=2, le=1000)]
+    scale: Literal["linear", "log"] = "linear"
+
+
+class Sweep(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One run after the other, each at a level of its own and for load.duration_s."""
+
+    over: Literal["users", "rate"] = "users"  # of a ramp (users) or of an open loop (requests/s)
+    levels: list[Positive] | LevelRange = []
+    pause_s: NotNegative = 5  # from the end of one level to the start of the next
+    reset: str = "none"  # path that the server is sent a POST to before each level, such as /reset_prefix_cache (vLLM)
+
+
+class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The highest level that meets the SLO; a probe lasts load.duration_s."""
+
+    over: Literal["users", "rate"] = "rate"
+    low: Positive = 1  # the first probe; the next ones double until one fails
+    high: Positive | NoneWord = "none"  # no probe goes above it
+    probes: Count = 12  # at most so many runs
+    tolerance: Annotated[float, Meta(gt=0, le=1)] = 0.05  # lowest that failed / highest that passed - 1, at the end
+    pause_s: NotNegative = 5
+    reset: str = "none"  # as in sweep
+
+
 class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    shape: Literal["ramp", "steps", "rate", "trace", "batch"] = "ramp"
+    shape: Literal["ramp", "steps", "rate", "trace", "batch", "sweep", "search"] = "ramp"
     users: Count = 8  # closed loop: each user sends its next request when the last one has ended
     ramp_s: NotNegative = 0  # all users are there after this time
     duration_s: Positive = 60  # ramp included, drain not
@@ -79,10 +121,16 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     batch: Count = 16  # shape batch: so many at once
     batches: Count | NoneWord = "none"  # so often
     batch_pause_s: NotNegative = 0  # from the end of the last of one to the next
+    # several runs, by `twoclocks run`
+    sweep: Sweep = Sweep()
+    search: Search = Search()
 
 
 class Warmup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    requests: Annotated[int, Meta(ge=0)] = 4
+    requests: Annotated[int, Meta(ge=0)] = 4  # of one round, sent at once; 0: no warm-up
+    duration_s: Positive | NoneWord = "none"  # round after round, for so long
+    until_stable: bool = False  # until two rounds have nearly the same median TTFT, for 60 s at most
+    max_requests: Count = 64  # at which until_stable gives up
 
 
 class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -284,7 +332,10 @@ def _check(experiment: Experiment, where: str) -> None:
         )
     if experiment.workload.ignore_eos and target.server == "transformers":
         raise ExperimentError(f"{where}: workload.ignore_eos: transformers serve refuses this field; leave it out")
+    _check_workload(experiment, where)
     _check_load(experiment.load, where)
+    _check_levels(experiment, where)
+    _check_warmup(experiment.warmup, where)
     _check_log(collect.log, where)
     for key, path in (("tls_cert", target.tls_cert), ("tokenizer", target.tokenizer)):
         if path is not None and not Path(path).is_file():
@@ -298,6 +349,29 @@ def _check(experiment: Experiment, where: str) -> None:
             raise ExperimentError(f"{where}: collect.metrics_url: holds a password, which would be written down")
 
 
+def _check_workload(experiment: Experiment, where: str) -> None:
+    workload, load = experiment.workload, experiment.load
+    if workload.mix and workload.requests != DEMO:
+        raise ExperimentError(f"{where}: workload.mix: stands in place of workload.requests; leave one of them out")
+    if workload.mix and load.shape == "trace":
+        raise ExperimentError(
+            f"{where}: workload.mix: a trace has an order of its own; use it without load.shape trace"
+        )
+    names = [mix_name(part) for part in workload.mix]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ExperimentError(f"{where}: workload.mix: two parts are called {repeated[0]!r}; give each a name")
+    replaced = sorted({"messages", "prompt", "inputs"} & experiment.target.extra_body.keys())
+    if workload.salt != "none" and replaced:
+        raise ExperimentError(
+            f"{where}: workload.salt: target.extra_body replaces the prompt ({replaced[0]}), so that none is salted"
+        )
+
+
+def mix_name(part: MixPart) -> str:
+    """What stands before the ids of the prompts of a part of a mix."""
+    return part.name or Path(part.requests).stem
+
+
 def _check_load(load: Load, where: str) -> None:
     if load.shape == "steps" and not load.steps:
         raise ExperimentError(f"{where}: load.steps: shape steps needs levels, such as [[4, 30], [8, 30]]")
@@ -309,6 +383,46 @@ def _check_load(load: Load, where: str) -> None:
             raise ExperimentError(f"{where}: load.rate: the seconds of its points go back")
     if load.trace_window_s != "none" and load.trace_window_s[0] >= load.trace_window_s[1]:
         raise ExperimentError(f"{where}: load.trace_window_s: expected [begin, end], found {load.trace_window_s}")
+
+
+def _check_levels(experiment: Experiment, where: str) -> None:
+    """Of a sweep or a search."""
+    load = experiment.load
+    if load.shape not in ("sweep", "search"):
+        return
+    plan = load.sweep if load.shape == "sweep" else load.search
+    at = f"{where}: load.{load.shape}"
+    if plan.over == "users" and load.ramp_s > load.duration_s:
+        raise ExperimentError(
+            f"{where}: load.ramp_s: the ramp ({load.ramp_s:g} s) is longer than load.duration_s ({load.duration_s:g} s)"
+        )
+    if plan.reset != "none" and not plan.reset.startswith("/"):
+        raise ExperimentError(f"{at}.reset: expected none or a path such as /reset_prefix_cache, found {plan.reset!r}")
+    if isinstance(plan, Sweep):
+        if not plan.levels:
+            raise ExperimentError(f"{at}.levels: expected values such as [1, 2, 4, 8] or {{from: 1, to: 64, count: 7}}")
+        values = [] if isinstance(plan.levels, LevelRange) else plan.levels
+    else:
+        values = [plan.low] if plan.high == "none" else [plan.low, plan.high]
+        if plan.high != "none" and plan.high <= plan.low:
+            raise ExperimentError(f"{at}.high: expected a value above low ({plan.low:g}), found {plan.high:g}")
+        slo = experiment.slo
+        if slo.ttft_ms == slo.tpot_ms == slo.e2e_ms == "none":
+            raise ExperimentError(
+                f"{where}: slo: a search needs what to meet; set slo.ttft_ms, slo.tpot_ms or slo.e2e_ms"
+            )
+    if plan.over == "users" and (broken := [value for value in values if value % 1]):
+        raise ExperimentError(f"{at}: users are whole numbers, found {broken[0]:g}")
+
+
+def _check_warmup(warmup: Warmup, where: str) -> None:
+    needed = 2 * warmup.requests
+    if not needed and (warmup.until_stable or warmup.duration_s != "none"):
+        raise ExperimentError(f"{where}: warmup.requests: a round of 0 requests warms nothing; expected 1 or more")
+    if warmup.until_stable and warmup.max_requests < needed:
+        raise ExperimentError(
+            f"{where}: warmup.max_requests: two rounds to compare are {needed} requests, found {warmup.max_requests}"
+        )
 
 
 def _check_log(setting: str, where: str) -> None:

@@ -27,6 +27,7 @@ from twoclocks.collect import Collectors, Job
 from twoclocks.endpoint import make_endpoint, request_headers, token_counter
 from twoclocks.errors import TwoclocksError, plain
 from twoclocks.experiment import Experiment, masked, masked_word
+from twoclocks.live import REFRESH_S, LiveView, Moment, is_shown
 from twoclocks.reader import connect, reader_name
 from twoclocks.record import Record, encode_record
 from twoclocks.run_folder import RunFolder, first_meta, this_clock
@@ -34,7 +35,8 @@ from twoclocks.selfwatch import watch
 from twoclocks.shapes import dealt, in_window, is_open, length_s
 from twoclocks.target import metrics_urls, resolve
 from twoclocks.user import Sender, StreamingUser
-from twoclocks.workload import load_prompts, plans
+from twoclocks.warmup import in_words, warm_up
+from twoclocks.workload import load_workload, new_salt, plans
 
 PROGRESS_S = 15.0
 OPEN_LEAD_S = 0.25  # between the word to begin and the first request that is due
@@ -60,9 +62,11 @@ class MasterSide:
         self.beginning: gevent.Greenlet | None = None  # who is in begin(), if anyone
         self.progress: gevent.Greenlet | None = None
         self.stepping: gevent.Greenlet | None = None
+        self.live: LiveView | None = None  # where somebody looks at a headless run
+        self.drawing: gevent.Greenlet | None = None
         self.sender: Sender | None = None
         self.zero_ns = 0
-        self.model = ""
+        self.model = self.salt = ""
         self.kept = 0  # lines of requests.jsonl
         self.received: dict[str, int] = {}  # lines of each worker
         self.sent: dict[str, int] = {}  # lines that a worker says it sent, once it is done
@@ -123,7 +127,8 @@ class MasterSide:
         self.time_is_up, self.broken = False, None
         self.model, version = resolve(experiment.target)
         endpoint = make_endpoint(experiment.target, experiment.timeouts)
-        prompts = in_window(load_prompts(Path(experiment.workload.requests), experiment.target.api), experiment.load)
+        prompts = in_window(load_workload(experiment), experiment.load)
+        self.salt = new_salt()
         self.folder = RunFolder.create(experiment)
         self.zero_ns = time.monotonic_ns()
         target = experiment.target
@@ -156,7 +161,7 @@ class MasterSide:
             endpoint=endpoint,
             zero_ns=self.zero_ns,
             worker=0,
-            plans=plans(experiment, prompts, self.model),
+            plans=plans(experiment, prompts, self.model, salt=self.salt),
             sink=self.keep,
             count_tokens=token_counter(experiment.target.tokenizer),
             numbers=itertools.count(),
@@ -164,12 +169,16 @@ class MasterSide:
             **dealt(experiment.load, prompts),
         )
         StreamingUser.sender = self.sender
+        if self.options.headless and is_shown():
+            title = f"twoclocks: {experiment.name}, {endpoint.target} at {target.url}, {self.model}"
+            self.live = LiveView(title, experiment.load, self.folder.path / "server_samples.jsonl")
+            self.drawing = gevent.spawn(self._draw, self.live)
         if not isinstance(self.runner, MasterRunner):  # there the workers send, and watch themselves
             reader = reader_name(self.sender.endpoint)
             self.watch = gevent.spawn(watch, self.zero_ns, 0, os.getpid(), reader, self.keep_self)
         self._warm_up()
         if experiment.load.shape == "trace":  # each time has a prompt of its own
-            self.sender.plans = plans(experiment, prompts, self.model)
+            self.sender.plans = plans(experiment, prompts, self.model, salt=self.salt)
         self.collectors.scrape()  # so that the server's totals of the window begin after the warm-up
         lead_s = 0.0
         if is_open(experiment.load):  # the schedule begins with the window, which users must not be late for
@@ -190,7 +199,7 @@ class MasterSide:
         self.timer = gevent.spawn_later(lead_s + length, self._time_is_up)
         if experiment.load.shape == "steps":
             self.stepping = gevent.spawn(self._step, experiment.load.steps)
-        if self.options.headless:
+        if self.options.headless and self.live is None:
             self.progress = gevent.spawn(self._show_progress)
         if self.environment.web_ui is not None:
             # Locust's timer began before the warm-up; the clock that counts is the one above
@@ -221,12 +230,11 @@ class MasterSide:
         )
 
     def _warm_up(self) -> None:
-        sender = self.sender
+        sender, settings = self.sender, self.experiment.warmup
         assert sender is not None
-        count = self.experiment.warmup.requests
-        if not count:
+        if not settings.requests:
             return
-        log.info("warming up with %d requests (not counted; the first may wait for the server to compile)", count)
+        log.info("warming up with %s (not counted; the first may wait for the server to compile)", in_words(settings))
 
         def one(user: int) -> Record:
             connection = connect(sender.endpoint)
@@ -236,16 +244,24 @@ class MasterSide:
             self.keep(encode_record(record))
             return record
 
-        greenlets = [gevent.spawn(one, -1 - index) for index in range(count)]
-        try:
-            gevent.joinall(greenlets, raise_error=True)
-        finally:
-            gevent.killall(greenlets)
-        records = [greenlet.value for greenlet in greenlets]
-        failed = [record for record in records if record.status != "ok"]
-        if failed:
-            self.note(f"{len(failed)} of {count} warm-up requests failed; the first: {failed[0].error_message}")
-        elif self.experiment.target.server == "vllm" and not any(record.server for record in records):
+        def one_round(count: int) -> list[Record]:
+            greenlets = [gevent.spawn(one, -1 - index) for index in range(count)]
+            try:
+                gevent.joinall(greenlets, raise_error=True)
+            finally:
+                gevent.killall(greenlets)
+            return [greenlet.value for greenlet in greenlets]
+
+        done = warm_up(settings, one_round)
+        self._tell(warmup=msgspec.to_builtins(done))
+        if done.stable is False:
+            self.note(
+                f"the warm-up ended after {done.requests} requests and {done.seconds:.1f} s although TTFT had not "
+                "settled yet; the beginning of the measuring window may still be slower than the rest"
+            )
+        if done.failed:
+            self.note(f"{done.failed} of {done.requests} warm-up requests failed; the first: {done.first_failure}")
+        elif self.experiment.target.server == "vllm" and not done.tells:
             port = self.experiment.collect.otlp_port
             spans = "" if port == "none" else f" or --otlp-traces-endpoint http://THIS_HOST:{port}/v1/traces"
             self.note(
@@ -264,6 +280,8 @@ class MasterSide:
             self._break(error)
         else:
             self.kept += lines.count(b"\n") if name == "requests.jsonl" else 0
+        if self.live is not None:
+            self.live.figures.add(lines, name)
 
     def keep_self(self, lines: bytes) -> None:
         """Append to self_samples.jsonl."""
@@ -307,6 +325,21 @@ class MasterSide:
                 total.num_failures,
             )
 
+    def _draw(self, live: LiveView) -> None:
+        while self.folder is not None and self.sender is not None:
+            window = self.folder.meta["window"]
+            flying = None if isinstance(self.runner, MasterRunner) else self.sender.in_flight
+            live.refresh(Moment(self._now(), window["started_at"], window["ended_at"], self.runner.user_count, flying))
+            gevent.sleep(REFRESH_S)
+
+    def _hide(self) -> None:
+        """From now on the terminal is as it was."""
+        if self.drawing is not None:
+            self.drawing.kill()
+        if self.live is not None:
+            self.live.stop()
+        self.live, self.drawing = None, None
+
     def _time_is_up(self) -> None:
         self.time_is_up = True
         log.info("time is up; running streams may go on for load.drain_s = %g s", self.experiment.load.drain_s)
@@ -327,6 +360,7 @@ class MasterSide:
             "run": self.folder.path.name,
             "experiment": msgspec.json.encode(self.experiment),
             "model": self.model,
+            "salt": self.salt,
             "zero_ns": self.zero_ns,
             "window_ns": self.sender.window_ns,
             "clock": this_clock(),
@@ -398,6 +432,7 @@ class MasterSide:
             return
         if isinstance(self.runner, MasterRunner):
             self._await_workers()
+        self._hide()
         if self.watch is not None:
             self.watch.kill()
         if self.collectors is not None:

@@ -4,7 +4,7 @@ The stream client makes records, the run folder stores them, the analysis reads 
 start on the master's monotonic clock; run.json anchors that clock to wall time. Nothing that can be computed is stored.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -90,3 +90,11 @@ def run_lengths(values: Iterable[T]) -> list[tuple[T, int]]:
 def expand(runs: Iterable[tuple[T, int]]) -> list[T]:
     """[(a, 2), (b, 1)] -> [a, a, b]."""
     return [value for value, count in runs for _ in range(count)]
+
+
+def token_span_s(chunk_us: Sequence[int], chunk_kinds: Iterable[tuple[Kind, int]]) -> tuple[float, float] | None:
+    """First and last token chunk, in seconds since sent_at; None if no token came."""
+    tokens = [index for index, kind in enumerate(expand(chunk_kinds)) if kind in TOKEN_KINDS]
+    if not tokens:
+        return None
+    return sum(chunk_us[: tokens[0] + 1]) / 1e6, sum(chunk_us[: tokens[-1] + 1]) / 1e6

@@ -100,7 +100,13 @@ def page(template: str, **values: Any) -> str:
         add_up=terminal.ADD_UP,
         plain_lines=lambda text: "\n".join(plain(line) for line in text.splitlines()),
         short=terminal.SHORT,
-        labels=terminal.LABELS,
+        shown_labels=terminal.shown_labels,
+        both=terminal.both,
+        offered=terminal.offered,
+        warmup_words=terminal.warmup_words,
+        level_headings=terminal.LEVEL_HEADINGS,
+        level_row=terminal.level_row,
+        levels_remark=terminal.LEVELS_REMARK,
         style=(files / "style.css").read_text(encoding="utf-8"),
     )
     return environment.get_template(template).render(**values)

@@ -40,6 +40,7 @@ PERCENTILES = (50, 95, 99)
 UNSEEN = "Not seen from outside; part of the client's TTFT. Server: "
 BESIDE = ("ttft", "tpot", "e2e", "tokenize", "validation", "queue", "prefill", "inference", "time_per_token")
 """What is shown of single requests, in this order. Decode is the TPOT's numerator, and left to it."""
+WHOLE_RUN = "(last token chunk - first request sent), the drain in it and the warm-up left out"
 SLO_SHARE = 0.99
 """Share of the measured requests that must meet the SLO where an experiment does not say."""
 
@@ -60,6 +61,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "target": run.meta.get("target") or {},
         "window": {"started_at": run.window[0], "ended_at": run.window[1], "unit": "s", "definition": "run's clock"},
         "figures": _figures(run),
+        "warmup": run.meta.get("warmup"),
+        "levels": _levels(run),
         "errors": _errors(run.measured),
         "join": joined(run.ok) | _left_over(run),
         "instrument": _instrument(calibration),
@@ -171,7 +174,7 @@ def slo_limits(experiment: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _figures(run: Run) -> dict[str, Any]:
-    measured, ok, window = run.measured, run.ok, run.window
+    measured, ok, window, whole = run.measured, run.ok, run.window, _whole(run)
     limits = slo_limits(run.experiment)
     good = metrics.meets_slo(
         (measured["status"] == "ok").to_numpy(), {name: measured[name].to_numpy() for name in limits}, limits
@@ -205,6 +208,14 @@ def _figures(run: Run) -> dict[str, Any]:
             metrics.request_throughput(ended, window), "requests/s", definition(metrics.request_throughput)
         ),
         "output_throughput": one(_output_throughput(run), "tokens/s", definition(metrics.output_throughput)),
+        "request_throughput_run": one(
+            metrics.request_throughput(ended, whole), "requests/s", f"measured requests that ended ok / {WHOLE_RUN}"
+        ),
+        "output_throughput_run": one(
+            _output_throughput(run, whole),
+            "tokens/s",
+            f"tokens that arrived over the whole run / {WHOLE_RUN}; tokens of cut-off requests count",
+        ),
         "output_tokens": one(_total(ok["output_tokens"]), "tokens", "output tokens of the requests that ended ok"),
         "prompt_tokens": one(_total(ok["prompt_tokens"]), "tokens", "prompt tokens of the requests that ended ok"),
         "ttft": many(ok["ttft"].to_numpy(), "s", definition(metrics.ttft)),
@@ -218,10 +229,82 @@ def _figures(run: Run) -> dict[str, Any]:
         "e2e": many(e2e, "s", definition(metrics.e2e)),
         "e2e_per_token": many(ok["e2e_per_token"].to_numpy(), "s", definition(metrics.e2e_per_token)),
     }
+    if is_open(run):
+        unsent = run.meta.get("not_sent")
+        due = None if unsent is None else len(measured) + unsent
+        length = window[1] - window[0]
+        figures |= {
+            "due": one(due, "requests", "requests that were due in the measuring window: sent + not sent"),
+            "not_sent": one(
+                unsent,
+                "requests",
+                "requests that were due while load.max_in_flight others were under way, and were not sent",
+            ),
+            "offered_rate": one(
+                None if due is None or length <= 0 else due / length,
+                "requests/s",
+                "offered rate = requests due / length of the measuring window",
+            ),
+            "send_lateness": many(
+                (measured["sent_at"] - measured["intended_at"]).to_numpy(),
+                "s",
+                "send lateness = sent_at - intended_at, of the measured requests; connecting is in it",
+            ),
+            "ttft_from_intended": many(
+                ok["ttft_from_intended"].to_numpy(),
+                "s",
+                "TTFT from intended = first chunk with content, reasoning or a tool call - intended_at, when the "
+                "request was due",
+            ),
+            "e2e_from_intended": many(
+                ok["latency_from_intended"].to_numpy(),
+                "s",
+                "E2E from intended = last token chunk - intended_at, when the request was due",
+            ),
+        }
     if limits:
         figures["goodput"] = one(rate, "requests/s", f"{definition(metrics.goodput)} SLO: {in_slo}")
         figures["goodput_share"] = one(share, "share", f"{definition(metrics.meets_slo)} SLO: {in_slo}")
     return figures
+
+
+def is_open(run: Run) -> bool:
+    """Was this an open loop, in which requests leave when they are due?"""
+    return (run.experiment.get("load") or {}).get("shape") in ("rate", "trace", "batch")
+
+
+def _whole(run: Run) -> tuple[float, float]:
+    """First request sent and last token of all but the warm-up; NaN where there is none."""
+    rows = run.requests[run.requests["phase"] != "warmup"]
+    ends = rows["sent_at"] + rows["e2e"]
+    return float(rows["sent_at"].min()), float(ends.max())
+
+
+def _levels(run: Run) -> list[dict[str, Any]]:
+    """Each level of shape steps: its requests are those sent while it lasted, its tokens those that arrived then."""
+    told = run.meta.get("levels") or []
+    begins = [level["started_at"] for level in told]
+    rows: list[dict[str, Any]] = []
+    for level, end in zip(told, [*begins[1:], run.window[1]], strict=False):  # there are none in most runs
+        span = (float(level["started_at"]), float(end))
+        sent = run.measured[(run.measured["sent_at"] >= span[0]) & (run.measured["sent_at"] < span[1])]
+        ok = sent[sent["status"] == "ok"]
+        rows.append(
+            {
+                "users": level["users"],
+                "from": span[0],
+                "until": span[1],
+                "requests": len(sent),
+                "ok": len(ok),
+                "output_throughput": _output_throughput(run, span),
+                "ttft": distribution(ok["ttft"].to_numpy()),
+                "tpot": distribution(ok["tpot"].to_numpy()),
+                "unit": "s; tokens/s",
+                "definition": "requests sent while the level lasted, their TTFT and TPOT; tokens that arrived while it "
+                "lasted / its length",
+            }
+        )
+    return rows
 
 
 def _instrument(calibration: Calibration | None) -> dict[str, Any] | None:
@@ -404,11 +487,11 @@ def _gpu(run: Run) -> list[dict[str, Any]]:
     return gpu_figures(run.gpu_samples, run.window, throughput * length if math.isfinite(throughput) else None)
 
 
-def _output_throughput(run: Run) -> float:
-    """Of all phases but the warm-up, tokens/s."""
+def _output_throughput(run: Run, span: tuple[float, float] | None = None) -> float:
+    """Of all phases but the warm-up, tokens/s; in the measuring window, or in another span of the run."""
     arrived = metrics.arrived_tokens(run.arrivals, run.requests["output_tokens"].to_numpy())
     counted = np.isin(run.arrivals.request, run.requests.index[run.requests["phase"] != "warmup"])
-    return metrics.output_throughput(run.arrivals.at[counted], arrived[counted], run.window)
+    return metrics.output_throughput(run.arrivals.at[counted], arrived[counted], span or run.window)
 
 
 def _slo(run: Run) -> dict[str, Any] | None:

@@ -22,6 +22,10 @@ LABELS = {
     "itl_per_token": "Inter-token latency (ITL), per token",
     "tpot": "Time per output token (TPOT)",
     "e2e": "Request duration (E2E)",
+    # open loop
+    "send_lateness": "Sent after it was due",
+    "ttft_from_intended": "TTFT from when it was due",
+    "e2e_from_intended": "E2E from when it was due",
 }
 SHORT = {
     "ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "E2E", "time_per_token": "time per token",
@@ -56,7 +60,12 @@ def bucket(interval: dict[str, float | None] | None) -> str:
         return f"> {number(lower, 's')}"
     if estimate is None:
         return f"< {number(upper, 's')}"
-    return f"{(lower or 0) * 1e3:,g} .. {upper * 1e3:,g} (~{_rounded(estimate)})"
+    return f"{edge(lower or 0)} .. {edge(upper)} (~{_rounded(estimate)})"
+
+
+def edge(seconds: float) -> str:
+    """The bound of a bucket in ms, in four digits, never as a power of ten."""
+    return f"{float(f'{seconds * 1e3:.4g}'):,.12g}"
 
 
 def _rounded(seconds: float) -> str:
@@ -70,6 +79,8 @@ def render(summary: dict[str, Any]) -> RenderableType:
     if summary["partial"]:
         parts.append(Text(summary["partial"], style="bold yellow"))
     parts += [_verdict(summary), _totals(summary), _latencies(summary)]
+    if summary["levels"]:
+        parts.append(_levels(summary["levels"]))
     if summary["client_vs_server"]:
         parts.append(_client_vs_server(summary["client_vs_server"]))
     parts += [_waterfall(one) for one in summary["waterfall"]]
@@ -136,14 +147,16 @@ def _totals(summary: dict[str, Any]) -> Table:
     who = [target.get(key) for key in ("name", "server", "server_version", "api", "model", "url")]
     table.add_row("Target", Text(plain(", ".join(str(part) for part in dict.fromkeys(who) if part))))
     table.add_row("Test duration", f"{figures['duration']['value'] or 0:,.2f} s")
-    table.add_row("Total requests", number(figures["requests"]["value"], "requests") + _warmup(figures))
+    table.add_row("Total requests", number(figures["requests"]["value"], "requests") + warmup_words(summary))
     table.add_row("Ok", number(figures["ok"]["value"], "requests"))
     failed = str(sum(row["count"] for row in summary["errors"]))
     table.add_row(
         "Failed or cut off", Text(": ".join(filter(None, [failed, ", ".join(map(_error, summary["errors"]))])))
     )
-    table.add_row("Requests/s", number(figures["request_throughput"]["value"], "requests/s"))
-    table.add_row("Output tokens/s", number(figures["output_throughput"]["value"], "tokens/s"))
+    if "due" in figures:
+        table.add_row("Due, and not sent", offered(figures))
+    table.add_row("Requests/s", both(figures, "request_throughput"))
+    table.add_row("Output tokens/s", both(figures, "output_throughput"))
     table.add_row("Output tokens", number(figures["output_tokens"]["value"], "tokens"))
     table.add_row("Prompt tokens", number(figures["prompt_tokens"]["value"], "tokens"))
     if "goodput" in figures:
@@ -158,13 +171,36 @@ def _totals(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _warmup(figures: dict[str, Any]) -> str:
-    count = figures["warmup"]["value"]
-    return f" (and {count} to warm up)" if count else ""
+def both(figures: dict[str, Any], name: str) -> str:
+    """A throughput in the measuring window, and over the whole run."""
+    window, run = (number(figures[key]["value"], figures[key]["unit"]) for key in (name, f"{name}_run"))
+    return f"{window} in the measuring window; {run} from the first request to the last token"
+
+
+def offered(figures: dict[str, Any]) -> str:
+    """What was due in an open loop, beside what could not leave."""
+    due, unsent = (number(figures[name]["value"], "requests") for name in ("due", "not_sent"))
+    return f"{due} due ({number(figures['offered_rate']['value'], 'requests/s')} requests/s offered), {unsent} not sent"
+
+
+def warmup_words(summary: dict[str, Any]) -> str:
+    """What went before the measuring window; nothing where nothing did."""
+    count, told = summary["figures"]["warmup"]["value"], summary["warmup"]
+    if not count:
+        return ""
+    if told is None:
+        return f" (and {count:,} to warm up)"
+    settled = {None: "", True: ", until TTFT had settled", False: "; TTFT had NOT settled"}[told["stable"]]
+    return f" (and {count:,} to warm up, in {told['seconds']:.1f} s{settled})"
 
 
 def _error(row: dict[str, Any]) -> str:
     return plain(f"{row['count']} {row['kind']}" + (f" ({row['example'][:80]})" if row["example"] else ""))
+
+
+def shown_labels(figures: dict[str, Any]) -> dict[str, str]:
+    """The rows of the client's table: those of LABELS that this run has."""
+    return {name: label for name, label in LABELS.items() if name in figures}
 
 
 def _latencies(summary: dict[str, Any]) -> Table:
@@ -172,13 +208,54 @@ def _latencies(summary: dict[str, Any]) -> Table:
         title="As the client saw it", title_style="bold", title_justify="left", box=None, padding=(0, 2, 0, 0)
     )
     table.add_column("", min_width=36)
-    for heading in ("unit", "n", "mean", "p50", "p95", "p99"):
+    for heading in ("unit", "n", "mean", "p50", "p95", "p99", "max"):
         table.add_column(heading, justify="left" if heading == "unit" else "right")
-    for name, label in LABELS.items():
+    for name, label in shown_labels(summary["figures"]).items():
         figure = summary["figures"][name]
-        values = [number(figure.get(key), figure["unit"]) for key in ("mean", "p50", "p95", "p99")]
+        values = [number(figure.get(key), figure["unit"]) for key in ("mean", "p50", "p95", "p99", "max")]
         table.add_row(label, shown_unit(figure["unit"]), f"{figure['n']:,}", *values)
     return table
+
+
+LEVEL_HEADINGS = {
+    "users": "Locust users while the level lasted",
+    "s": "how long it lasted, in seconds",
+    "requests": "sent while it lasted",
+    "ok": "of these, those that ended ok",
+    "tokens/s": "tokens that arrived while it lasted / its length",
+    "TTFT p50, ms": "of the requests sent while it lasted",
+    "TTFT p95, ms": "of the requests sent while it lasted",
+    "TPOT p50, ms": "of the requests sent while it lasted",
+}
+"""Columns of the table of levels -> what they mean."""
+
+
+def level_row(level: dict[str, Any]) -> list[str]:
+    """The cells of one entry of ``levels``, as LEVEL_HEADINGS names them."""
+    return [
+        f"{level['users']:,}",
+        f"{level['until'] - level['from']:.1f}",
+        f"{level['requests']:,}",
+        f"{level['ok']:,}",
+        number(level["output_throughput"], "tokens/s"),
+        number(level["ttft"]["p50"], "s"),
+        number(level["ttft"]["p95"], "s"),
+        number(level["tpot"]["p50"], "s"),
+    ]
+
+
+def _levels(levels: list[dict[str, Any]]) -> RenderableType:
+    table = Table(title="Level by level", title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in LEVEL_HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for level in levels:
+        table.add_row(*level_row(level))
+    return Group(table, Text(LEVELS_REMARK, style="dim"))
+
+
+LEVELS_REMARK = (
+    "Requests by when they were sent, tokens by when they arrived; what a level left over streams into the next."
+)
 
 
 def _client_vs_server(rows: list[dict[str, Any]]) -> RenderableType:
@@ -292,11 +369,11 @@ def engine_name(engine: dict[str, Any]) -> str:
 def _server_window(rows: list[dict[str, Any]], scraped: dict[str, Any]) -> RenderableType:
     title = "Means over the scraped window: the server's /metrics (all that it answered) beside the tool's, in ms"
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("metric", no_wrap=True)
+    table.add_column("metric")  # what does not fit is wrapped here and at the percentiles: a cut number would mislead
     for heading in ("n", "tool mean", "n", "server mean", "difference"):
         table.add_column(heading, justify="right", no_wrap=True)
     for p in (50, 99):
-        table.add_column(f"server p{p}", no_wrap=True)
+        table.add_column(f"server p{p}")
     for row in rows:
         table.add_row(
             metric_name(row),

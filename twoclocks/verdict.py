@@ -98,6 +98,22 @@ def _late_sends(run: Run) -> Reason | None:
     return Reason("SUSPECT", "late_sends", text, p99, "use more processes (--processes 2) or fewer users")
 
 
+def _not_sent(run: Run) -> Reason | None:
+    """Requests that were due and did not leave are in no latency: the slowest of them would have been there."""
+    unsent = int(run.meta.get("not_sent") or 0)
+    if not unsent:
+        return None
+    due = len(run.measured) + unsent
+    text = (
+        f"{unsent:,} of {due:,} requests that were due ({unsent / due:.1%}) could not leave, as load.max_in_flight "
+        "others were under way"
+    )
+    return Reason(
+        "SUSPECT", "not_sent", text, unsent / due,
+        "ask for a lower rate, which this server can keep up with, or raise load.max_in_flight",
+    )  # fmt: skip
+
+
 def _file_limit(run: Run) -> Reason | None:
     """Each stream is an open file; near the limit connections fail, and the server is blamed."""
     limits = run.self_samples["open_file_limit"].dropna()
@@ -282,20 +298,48 @@ def _tokens_disagree(run: Run) -> Reason | None:
 
 
 def _drift(run: Run) -> Reason | None:
-    """The window should be one state: the two halves after the ramp, compared by rank, so that no tail decides."""
+    """Where the experiment asked for one state, the window should be one: its halves, compared by rank, so that no
+    tail decides. Steps, rates that change and traces ask for several, and a ramp is left out.
+    """
+    load = run.experiment.get("load") or {}
+    shape, rate = load.get("shape", "ramp"), load.get("rate")
+    if shape in ("steps", "trace") or (shape == "rate" and isinstance(rate, list) and len(rate) > 1):
+        return None
     start, end = run.window
-    start += float((run.experiment.get("load") or {}).get("ramp_s") or 0)
+    start += float(load.get("ramp_s") or 0) if shape == "ramp" else 0.0
     rows = run.ok[run.ok["sent_at"] >= start]
-    for column, word in (("ttft", "TTFT"), ("tpot", "TPOT")):
-        early = rows.loc[rows["sent_at"] < (start + end) / 2, column].dropna()
-        late = rows.loc[rows["sent_at"] >= (start + end) / 2, column].dropna()
-        if min(len(early), len(late)) < MIN_FOR_DRIFT:
+    if rows.empty:
+        return None
+    end = min(end, float(rows["sent_at"].max()))  # of so many requests the last ones have the server for themselves
+    halves = [
+        (f"median {word}", rows.loc[rows["sent_at"] < (start + end) / 2, column].dropna().to_numpy(),
+         rows.loc[rows["sent_at"] >= (start + end) / 2, column].dropna().to_numpy(), MIN_FOR_DRIFT)
+        for column, word in (("ttft", "TTFT"), ("tpot", "TPOT"))
+    ]  # fmt: skip
+    if shape == "ramp":  # of an open loop they change by chance, as its arrivals do
+        early, late = np.split(_tokens_of_bins(run, start, end), 2)
+        halves.append(("tokens/s", early, late, MIN_BINS))
+    for word, early, late, needed in halves:
+        if min(len(early), len(late)) < needed or not np.median(early) > 0:
             continue
-        change = late.median() / early.median() - 1
+        change = float(np.median(late) / np.median(early)) - 1
         if abs(change) > DRIFT_SHARE and stats.mannwhitneyu(early, late).pvalue < DRIFT_P:
-            text = f"median {word} changed by {change:+.0%} between the halves of the window (after the ramp)"
-            return Reason("SUSPECT", "drift", text, float(change), "warm up for longer, or measure for longer")
+            text = f"{word} changed by {change:+.0%} between the halves of the window (after the ramp)"
+            return Reason("SUSPECT", "drift", text, change, "warm up for longer, or measure for longer")
     return None
+
+
+def _tokens_of_bins(run: Run, start: float, end: float) -> metrics.Floats:
+    """Tokens that arrived in each of an even number of equal bins, none shorter than a request: users in step with each
+    other make waves of that length.
+    """
+    count = int(min(MOST_BINS, (end - start) / max(float(run.ok["e2e"].median()), 1e-3))) // 2 * 2
+    if count < 2:
+        return np.empty(0)
+    tokens = metrics.arrived_tokens(run.arrivals, run.requests["output_tokens"].to_numpy())
+    inside = (run.arrivals.at >= start) & (run.arrivals.at < end)
+    row = np.floor((run.arrivals.at[inside] - start) / (end - start) * count).astype(np.int64)
+    return np.bincount(np.minimum(row, count - 1), weights=tokens[inside], minlength=count).astype(np.float64)
 
 
 def _unjoined(run: Run) -> Reason | None:
@@ -317,7 +361,7 @@ def _unfinished(run: Run) -> Reason | None:
 RULES: tuple[Callable[[Run], Reason | None], ...] = (
     _nothing_ok, _lost, _missing_workers, _restarted, _foreign_traffic, _fewer_answers, _foreign_spans, _before_server,
     _sources_disagree, _preempted, _loop_lag, _cpu, _stall,
-    _late_sends, _file_limit,
+    _late_sends, _not_sent, _file_limit,
     _drift, _prefix_cache, _short_outputs, _tokens_disagree, _unjoined, _too_few, _unfinished,
 )  # fmt: skip
 
@@ -331,6 +375,7 @@ FEW_SPANS = 2  # a probe before the run may be told of, too
 MIN_FOR_P99 = 100
 MIN_FOR_DRIFT = 20
 DRIFT_SHARE, DRIFT_P = 0.2, 0.01
+MIN_BINS, MOST_BINS = 6, 40  # six of a half against six: the least that can fall below DRIFT_P with some to spare
 CLOCK_S = 0.001  # what two clocks of one machine may differ by within a request
 
 
