@@ -32,7 +32,7 @@ from twoclocks.calibration import (
 from twoclocks.cli import main
 from twoclocks.compare import compare
 from twoclocks.errors import RunFolderError, TwoclocksError
-from twoclocks.experiment import Experiment, Load, Target, Workload, load_experiment
+from twoclocks.experiment import Experiment, Load, Search, Sweep, Target, Workload, load_experiment
 from twoclocks.record import Record
 from twoclocks.summary import summarise
 from twoclocks.terminal import render, to_text
@@ -232,6 +232,23 @@ def test_the_replayed_experiment_sends_no_secret_and_sets_no_goal():
     assert raw["target"]["extra_body"] == {"temperature": 0, "max_tokens": 9}
     assert (raw["load"]["users"], raw["load"]["ramp_s"], raw["load"]["duration_s"]) == (7, 5, 10)
     assert experiment.target.extra_body == {"temperature": 0}
+
+
+@pytest.mark.parametrize(
+    ("load", "expected"),
+    [
+        ({"shape": "steps", "steps": [(2, 600), (9, 600), (4, 600)]}, {"shape": "ramp", "users": 9, "duration_s": 5}),
+        ({"shape": "rate", "rate": [(0, 5), (60, 80), (90, 1)]}, {"shape": "rate", "rate": 80, "duration_s": 5}),
+        ({"shape": "batch", "batch": 7, "batches": 2}, {"shape": "batch", "batch": 7, "batches": "none"}),
+        ({"shape": "sweep", "sweep": Sweep(over="rate", levels=[3, 30, 9])}, {"shape": "rate", "rate": 30}),
+        ({"shape": "search", "search": Search(over="users", high=64)}, {"shape": "ramp", "users": 64}),
+        ({"requests": 5, "users": 3}, {"requests": "none", "users": 3}),
+    ],
+)
+def test_a_load_is_replayed_at_its_heaviest(load, expected):
+    raw = replayed(Experiment(load=Load(**load)), Replay(seconds=5), "http://127.0.0.1:1", Path("out"))
+
+    assert {key: raw["load"][key] for key in expected} == expected
 
 
 def test_shares_of_the_machines_time():

@@ -27,7 +27,8 @@ import yaml
 from twoclocks import __version__, keeper
 from twoclocks.calibration import METRICS, Calibration, Replay
 from twoclocks.errors import RunFolderError, TwoclocksError
-from twoclocks.experiment import Experiment, load_experiment
+from twoclocks.experiment import Experiment, Load, load_experiment
+from twoclocks.levels import sweep_levels
 from twoclocks.record import Record, read_records
 from twoclocks.truth import ErrorFigures, SentLog, differences, error_figures, mean_streams, read_log, seen
 
@@ -77,13 +78,31 @@ def replayed(experiment: Experiment, replay: Replay, url: str, output: Path) -> 
     target |= {"url": url, "name": "known schedule", "model": "auto", "headers": {}, "tls_verify": True}
     if replay.output_tokens is not None:
         target["extra_body"] = target["extra_body"] | {"max_tokens": replay.output_tokens}
-    load["ramp_s"] = min(load["ramp_s"], replay.seconds)
+    load |= _heaviest(experiment.load)
+    load["ramp_s"] = min(load["ramp_s"], replay.seconds) if load["shape"] == "ramp" else 0
     load["duration_s"] = load["ramp_s"] + replay.seconds
     tokens = replay.output_tokens or raw["workload"]["max_tokens"]
     load["drain_s"] = max(load["drain_s"], (replay.ttft_ms + tokens * replay.tpot_ms) / 1e3 + 5)
     alone = {"metrics_url": "auto", "log": "none", "gpu": "none", "otlp_port": "none", "otlp_grpc_port": "none"}
     raw["collect"] |= alone
     return raw | {"name": "calibration", "slo": {}, "output": str(output), "output_text": False}
+
+
+def _heaviest(load: Load) -> dict[str, Any]:
+    """The keys of a load that is all the time as heavy as this one is at its peak, where it is not already."""
+    if load.shape == "steps":
+        return {"shape": "ramp", "users": max(users for users, _ in load.steps)}
+    if load.shape == "rate" and not isinstance(load.rate, int | float):
+        return {"rate": max(rate for _, rate in load.rate)}
+    if load.shape == "batch":
+        return {"batches": "none"}
+    if load.shape in ("sweep", "search"):
+        over = load.sweep.over if load.shape == "sweep" else load.search.over
+        most = max(sweep_levels(load.sweep)) if load.shape == "sweep" else load.search.high
+        if most == "none":
+            most = load.search.low  # nobody knows yet how high it will go
+        return {"shape": "rate", "rate": most} if over == "rate" else {"shape": "ramp", "users": int(most)}
+    return {"requests": "none"}
 
 
 def split_cores() -> tuple[list[int], set[int]]:
