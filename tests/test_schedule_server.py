@@ -304,3 +304,38 @@ def test_chunk_sizes_are_those_of_http():
     body = second.partition(b"\r\n")[2].removesuffix(b"\r\n")
 
     assert second == chunked(body)
+
+
+def test_with_slots_requests_wait_in_the_order_in_which_they_came(serve):
+    port, stop = serve(Schedule(ttft_ms=20, tpot_ms=10), slots=2)
+    body = json.dumps(asked(3)).encode()
+    socks = []
+    for number in range(6):
+        sock = socket.create_connection(("127.0.0.1", port), 10)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nX-Request-Id: r{number}\r\nContent-Length: {len(body)}\r\n\r\n"
+        sock.sendall(head.encode() + body)
+        socks.append(sock)
+        time.sleep(0.002)
+    socks[3].close()  # who goes while waiting takes no slot
+    for number in (0, 1, 2, 4, 5):
+        read_answer(socks[number])
+        socks[number].close()
+    log = stop()
+    first = dict(zip(log.request_id, np.concatenate([[0], np.cumsum(log.writes)])[:-1], strict=True))
+    begins = {number: log.due_ns[first[f"r{number}"]] / 1e6 - 20 for number in (0, 1, 2, 4, 5)}
+
+    # each stream is 40 ms long, and the next one in a slot begins when the one before was due to end
+    assert begins[2] == pytest.approx(begins[0] + 40, abs=1e-3)
+    assert begins[4] == pytest.approx(begins[1] + 40, abs=1e-3)
+    assert begins[5] == pytest.approx(begins[2] + 40, abs=1e-3)
+
+
+def test_a_client_that_goes_in_mid_stream_gives_its_slot_back(serve):
+    port, stop = serve(Schedule(ttft_ms=5, tpot_ms=20), slots=1)
+    body = json.dumps(asked(500)).encode()
+    with socket.create_connection(("127.0.0.1", port), 10) as sock:
+        sock.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        sock.recv(10)
+    post(port, asked(2))
+
+    assert sorted(stop().tokens) == [2, 500]

@@ -1,4 +1,4 @@
-"""The command ``twoclocks``: report and compare. Heavy libraries load only when a command needs them."""
+"""The command ``twoclocks``: run, report, compare, calibrate. Heavy libraries load only when a command needs them."""
 
 import argparse
 import sys
@@ -28,9 +28,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def _run(options: argparse.Namespace) -> int:
+    from twoclocks import run_levels
+
+    return run_levels.run(options, _progress)
+
+
 def _report(options: argparse.Namespace) -> int:
     from twoclocks import log_files, report, terminal
 
+    if (options.run / "sweep.json").exists():
+        from twoclocks import curves
+
+        curve = curves.build(options.run, _progress)
+        code: int = curve.exit_code
+        print(curves.text(curve.summary))
+        print(f"report: {curve.html}")
+        return code
     if options.server_log is not None:
         print(f"server's log: {log_files.add_log(options.run, options.server_log)}")
     built = report.build(options.run, _progress)
@@ -83,10 +97,29 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="twoclocks",
         description="LLM latency, measured by two clocks: the client's and the server's.",
-        epilog="A run is made with: locust -f load_test.py --experiment configs/x.yaml",
+        epilog="A run is made with: twoclocks run configs/x.yaml, or, with Locust's web UI: "
+        "locust -f load_test.py --experiment configs/x.yaml",
     )
     parser.add_argument("--version", action="version", version=f"twoclocks {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run",
+        parents=[common],
+        help="run an experiment: once, or once for each level of a sweep or a search",
+        description="Run an experiment with Locust, headless. Shapes sweep and search are a run for each level. "
+        "Ctrl-C once lets the running streams end, twice cuts them off.",
+        epilog="Example: twoclocks run configs/sweep.yaml --set load.duration_s=30, or without a file: twoclocks run "
+        "--url http://127.0.0.1:8000 --users 16. Exit code: 0; 1: SLO missed; 2: bad usage; 3: target not reachable; "
+        "4: the run is INVALID; 130: interrupted.",
+    )
+    run.add_argument("experiment", metavar="EXPERIMENT", nargs="?", type=Path, help="default: configs/default.yaml")
+    run.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one of its keys")
+    run.add_argument("--url", help="of the server, in place of target.url")
+    run.add_argument("--users", type=int, help="in place of load.users")
+    run.add_argument("--processes", metavar="N", type=int, default=1, help="Locust workers (default: 1, no workers)")
+    run.add_argument("--resume", metavar="FOLDER", type=Path, help="of a sweep or search: run what it has not run yet")
+    run.add_argument("--no-report", action="store_true", help="leave the report to a later `twoclocks report FOLDER`")
+    run.set_defaults(command=_run)
     report = commands.add_parser(
         "report",
         parents=[common],
@@ -94,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Make summary.json, summary.txt, vllm_bench.json, plots and report.html from a run's raw files.",
         epilog="Example: twoclocks report output/demo-vllm. Exit code: 0; 1: SLO missed; 4: the run is INVALID.",
     )
-    report.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    report.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, a sweep or a search")
     report.add_argument(
         "--server-log",
         metavar="FILE",

@@ -5,12 +5,15 @@
 What it is for: holding a client's figures against the truth. A request's schedule starts when its last byte reached the
 kernel of this machine; the first token is due ttft_ms later, each next one tpot_ms after the one before. For each write
 the log keeps when it was due and the clock right before and right after the system call, so that its own lateness is
-known too and a client is compared with what was really sent. The clock is time.monotonic_ns(), which all processes of a
+known too and a client is compared with what was really sent. With --slots N, at most N streams run at a time, others
+wait in the order in which they came, and a schedule starts when a slot is free: a server whose capacity is known. It is
+N / (ttft + (writes - 1) * time between writes) requests/s. The clock is time.monotonic_ns(), which all processes of a
 machine share. Standard library only, but for writing the log. Knows nothing of the client that it judges.
 """
 
 import argparse
 import array
+import collections
 import contextlib
 import ctypes
 import gc
@@ -78,8 +81,18 @@ class BadRequest(Exception):
 class ScheduleServer:
     """The event loop: one process, one thread, epoll and a heap of what is due next."""
 
-    def __init__(self, schedule: Schedule, *, host: str = "127.0.0.1", port: int = 0, metrics: bytes = b"") -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        metrics: bytes = b"",
+        slots: int | None = None,
+    ) -> None:
         self.schedule = schedule
+        self.free_slots = slots  # None: no limit
+        self.waiting: collections.deque[Stream] = collections.deque()
         self.metrics = metrics
         self.epoll = select.epoll()  # made first: its small number is what select.select can take
         self.listener = socket.create_server((host, port), backlog=4096)
@@ -224,7 +237,6 @@ class ScheduleServer:
         options = asked.get("stream_options") or {}
         running = bool(options.get("continuous_usage_stats"))
         prompt_tokens = len(body) // 4  # a stated guess: there is no tokenizer here
-        due = self.schedule.due_ns(tokens, len(self.streams))
         stream = Stream(
             connection=connection,
             request_id=request_id,
@@ -233,7 +245,7 @@ class ScheduleServer:
             answer=make_answer(api, tokens, running, self.schedule),
             tail=make_tail(running, prompt_tokens),
             end=make_end(bool(options.get("include_usage")), tokens, prompt_tokens),
-            due_ns=array.array("q", [arrived_ns + at for at in due]),
+            due_ns=array.array("q", self.schedule.due_ns(tokens, len(self.streams))),
             send=connection.sock.send,
         )
         connection.stream = stream
@@ -243,7 +255,27 @@ class ScheduleServer:
             with contextlib.suppress(OSError):  # a client that has gone is noticed at the next write
                 connection.sock.send(role)
             stream.role_ns = time.monotonic_ns()
+        if self.free_slots == 0:
+            self.waiting.append(stream)
+        else:
+            self._begin(stream, arrived_ns)
+
+    def _begin(self, stream: Stream, at_ns: int) -> None:
+        """The schedule of a stream starts, in a slot of its own."""
+        if self.free_slots is not None:
+            self.free_slots -= 1
+        stream.due_ns = array.array("q", [at_ns + due for due in stream.due_ns])
         self._push(stream, stream.due_ns[0])
+
+    def _leave(self, stream: Stream, at_ns: int) -> None:
+        """A stream gives its slot, or its place among those who wait for one."""
+        if stream in self.waiting:
+            self.waiting.remove(stream)
+        elif self.free_slots is not None:
+            self.free_slots += 1
+            if self.waiting:
+                following = self.waiting.popleft()
+                self._begin(following, max(at_ns, following.arrived_ns))
 
     def _push(self, stream: Stream, due_ns: int) -> None:
         heapq.heappush(self.heap, (due_ns, id(stream), stream))
@@ -252,6 +284,8 @@ class ScheduleServer:
         connection = stream.connection
         connection.stream = None
         self.finished_tokens += stream.tokens
+        # a slot is free from when its last token was due, so that being late does not add up to a smaller capacity
+        self._leave(stream, stream.due_ns[-1] if self.schedule.tpot_ms else time.monotonic_ns())
         if connection.received:  # the next request came while this one was answered
             self._next_request(connection, time.monotonic_ns())
 
@@ -260,6 +294,8 @@ class ScheduleServer:
             return
         self.epoll.unregister(connection.sock)
         connection.sock.close()  # its stream leaves the heap when its next write fails
+        if connection.stream is not None:
+            self._leave(connection.stream, time.monotonic_ns())
 
     def _answer(
         self, connection: Connection, status: int, body: bytes, kind: str = "application/json", *, close: bool = False
@@ -280,11 +316,12 @@ class ScheduleServer:
     def _counters(self) -> bytes:
         """A few of vLLM's series, so that what reads them has something to read."""
         running = sum(1 for connection in self.connections.values() if connection.stream is not None)
+        waiting = len(self.waiting)
         lines = [
             "# TYPE vllm:num_requests_running gauge",
-            f"vllm:num_requests_running {running}",
+            f"vllm:num_requests_running {running - waiting}",
             "# TYPE vllm:num_requests_waiting gauge",
-            "vllm:num_requests_waiting 0",
+            f"vllm:num_requests_waiting {waiting}",
             "# TYPE vllm:generation_tokens_total counter",
             f"vllm:generation_tokens_total {self.finished_tokens}",
         ]
@@ -380,7 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seed=options.seed,
     )
     metrics = options.metrics.read_bytes() if options.metrics else b""
-    server = ScheduleServer(schedule, host=options.host, port=options.port, metrics=metrics)
+    server = ScheduleServer(schedule, host=options.host, port=options.port, metrics=metrics, slots=options.slots)
     stop = _stopper(server)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -416,6 +453,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--flat-out", action="store_true", help="after the first token as fast as the sockets take it")
     parser.add_argument("--chunk-tokens", type=_count, default=1, help="tokens in one event (%(default)d)")
     parser.add_argument("--write-chunks", type=_count, default=1, help="events in one write (%(default)d)")
+    parser.add_argument("--slots", type=_count, help="at most so many streams at a time; others wait (no limit)")
     parser.add_argument("--role", choices=["with-first", "at-once", "none"], default=default.role)
     parser.add_argument("--jitter-ms", type=float, default=0.0, help="each write up to so much earlier or later")
     parser.add_argument("--seed", type=int, default=default.seed, help="of the jitter")
