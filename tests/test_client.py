@@ -78,6 +78,15 @@ def test_a_plain_answer_is_ok_with_every_chunk():
     assert record.output_text == "w0 w1 w2 end"
 
 
+def test_a_key_that_the_server_says_back_is_in_no_record(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-1")
+    refusal = b'{"error": {"message": "wrong key: Bearer sk-secret-1, or sk-other"}}'
+    head = b"HTTP/1.1 401 Unauthorized\r\ncontent-length: %d\r\n\r\n" % len(refusal)
+    record = answered(head + refusal)
+
+    assert (record.error_kind, record.error_message) == ("http_401", "wrong key: Bearer ***, or sk-other")
+
+
 def test_times_are_in_order_and_the_first_request_opens_the_connection():
     first, second = answered(*plain_answer(), count=2)
 
@@ -449,3 +458,14 @@ def test_any_split_on_the_wire_gives_the_same_record(whole, cuts):
 
     assert one == other
     assert [len(record.chunk_us) for record in records] == [sum(n for _, n in one["chunk_kinds"])] * 2
+
+
+@pytest.mark.parametrize("depth", [30, 600])
+def test_timings_nested_beyond_reason_are_left_out_of_the_record(depth):
+    """What can just be read cannot be written a few calls further down."""
+    nested = b'{"a":' * depth + b"1" + b"}" * depth
+    choice = b'"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}]'
+    event = b'data: {%b, "metrics": {"queue_time_ms": 3, "x": %b}}\n\n' % (choice, nested)
+    record = answered(*response(200, event, "text/event-stream"))
+
+    assert (record.status, record.server) == ("ok", {"queue_time_ms": 3})

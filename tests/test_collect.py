@@ -79,6 +79,21 @@ def test_a_scrape_that_fails_is_a_line_of_its_own_and_the_next_goes_on(tmp_path,
     assert [line["samples"] for line in lines] == [[["a", {"engine": "0"}, 1.0]], [], [["a", {"engine": "0"}, 2.0]]]
 
 
+def test_a_page_that_makes_new_series_for_ever_is_read_no_further(tmp_path, monkeypatch):
+    monkeypatch.setattr("twoclocks.collector.MAX_SERIES", 3)
+    lines, errors = scrapes([page(a=1, b=1), page(b=2, c=1), page(c=2, d=1)], tmp_path)
+
+    assert [error is None for error in errors] == [True, True, False]
+    assert "more than 3 series" in errors[2]
+    assert lines[2]["samples"] == []
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:x/", "http://a\u200b/metrics", "/metrics"])
+def test_an_address_that_is_none_is_told(tmp_path, url):
+    with httpx.Client(timeout=0.3) as client:
+        assert Scraper(url, job(tmp_path), client, Lines(io.BytesIO())).scrape()
+
+
 def test_the_child_scrapes_until_the_server_is_idle(tmp_path):
     running = iter([3, 3, 3, 2, 1])
     with FakeServer() as server:

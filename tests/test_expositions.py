@@ -608,7 +608,18 @@ def test_negative_counts_tell_nothing(tmp_path):
 
     assert gained.count == 0
     assert math.isnan(gained.mean)
-    assert "less than nothing" in gained.caveats[0]
+    assert "what cannot be" in gained.caveats[0]
+
+
+@pytest.mark.parametrize("count", [1e308, 1e29, 2.0**60])
+def test_impossible_counts_tell_nothing(tmp_path, count):
+    samples = [[f"{TTFT}_{part}", {"engine": engine}, count] for part in ("count", "sum") for engine in ("0", "1")] + [
+        ["vllm:generation_tokens_total", {"engine": engine}, count] for engine in ("0", "1")
+    ]
+    scrapes = write(tmp_path, line(0, []), line(1, samples))
+
+    assert sum(gained.count for gained in histogram_deltas(scrapes, [0], "ttft")) == 0
+    assert math.isfinite(counter_delta(scrapes, [0], "generation_tokens"))
 
 
 def test_huge_label_values_do_no_harm(tmp_path):

@@ -248,6 +248,8 @@ def test_the_older_name_of_the_reasons():
         (page("# nothing\n"), "no DCGM field"),
         (page("vllm:num_requests_running 1\n"), "no DCGM field"),
         (page("<html>hello</html>"), "ValueError"),
+        (page("x 1 " + "9" * 400), "ValueError"),
+        (page('x{b="c",\t="d"} 1'), "ValueError"),
         (page("no", "503 Service Unavailable"), "503"),
         (page("", "302 Found\r\nLocation: http://192.0.2.1/"), "302"),
         (page("x 1\n" * 1_100_000), "more than"),

@@ -72,6 +72,24 @@ def test_only_what_comes_from_now_on_is_copied(log):
     assert tail.failure is None
 
 
+def test_a_key_that_the_server_logs_is_not_copied(log):
+    tail = FileTail(log.path, log.copied, ["sk-secret-1", "sk-secret"])
+    for piece in ("args: sk-sec", "ret-1, then sk-secret, sk-sec", "ond, sk-secret-1\n", "end s"):
+        log.append(piece)
+        tail.copy()
+    tail.close()
+
+    assert log.text() == "args: ***, then ***, sk-second, ***\nend s"
+
+
+def test_a_key_in_a_commands_last_words_is_not_told(tmp_path):
+    tail = CommandTail(python('print("no such key: sk-secret-1")'), tmp_path / "copy.log", ["sk-secret-1"])
+    until(lambda: tail.failure, "the end of the command")
+    tail.close()
+
+    assert tail.failure.endswith("no such key: ***")
+
+
 def test_a_file_that_is_renamed_and_made_anew_is_read_to_its_end(log, tmp_path):
     log.append("before\n")
     tail = log.tail()

@@ -205,7 +205,18 @@ def test_garbage_is_no_message(body):
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[1]", b"7", b'"x"', b"\xff", b'{"resourceSpans": 3}', b"[" * 100_000],
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"7",
+        b'"x"',
+        b"\xff",
+        b'{"resourceSpans": 3}',
+        b"[" * 100_000,
+        b'{"resourceSpans": [{"scopeSpans": [{"spans": [{"kind": Infinity}]}]}]}',
+        b'{"\\ud800": 1}',
+    ],
 )
 def test_garbage_is_no_json_message(body):
     with pytest.raises(ValueError, match="no ExportTraceServiceRequest"):

@@ -283,10 +283,17 @@ def _record(
         http_status=exchange.response.status or None,
         status=failure.status if failure else "ok",
         error_kind=failure.kind if failure else None,
-        error_message=failure.message[:1000] if failure else None,
+        error_message=_without(connection.endpoint.secrets, failure.message)[:1000] if failure else None,
         output_text=stream.text if origin.keep_text else None,
         server=stream.server or _timings_in_headers(exchange.response),
     )
+
+
+def _without(secrets: tuple[str, ...], message: str) -> str:
+    """The message with *** for a key that the server said back, as some do when they refuse it."""
+    for secret in secrets:
+        message = message.replace(secret, "***")
+    return message
 
 
 def _gaps_us(sent_ns: int, arrived_ns: list[int]) -> list[int]:

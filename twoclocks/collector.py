@@ -25,13 +25,15 @@ import httpx
 import msgspec
 
 from twoclocks.collect import SETTLE_S, Answer, Job, tail_limit
-from twoclocks.endpoint import tls_context
+from twoclocks.endpoint import secret_words, tls_context
 from twoclocks.gpu import GpuSampler, open_gpu
 from twoclocks.log_tail import open_tail
 from twoclocks.otlp_receiver import Receiver, SpanStore
-from twoclocks.page import PageReader, Series
+from twoclocks.page import Key, PageReader, Series
 
 MAX_PAGE_BYTES = 32 * 1024 * 1024
+MAX_SERIES = 100_000
+"""Of one page, in all of a run: one that makes new series for ever would fill the disk, and the report's memory."""
 PAGE_S = 10.0
 SCRAPE_S = 20.0  # after which a page that is asked for is told to be late
 TAIL_TURN_S = 0.2
@@ -67,6 +69,7 @@ class Scraper:
         self.named: dict[str, Any] = {"url": url} | ({"stage": stage} if stage is not None else {})
         self.page = PageReader()
         self.series: Series | None = None
+        self.known: set[Key] = set()
 
     def scrape(self) -> str | None:
         """Append one line to server_samples.jsonl; return what went wrong, if anything."""
@@ -76,7 +79,11 @@ class Scraper:
             text = self._text()
             line["until"] = self._now()
             series, types = self.page.read(text)
-        except (httpx.HTTPError, ValueError) as error:
+            new = series.keys() - self.known
+            if len(self.known) + len(new) > MAX_SERIES:
+                raise ValueError(f"a page that has told more than {MAX_SERIES:,} series by now")
+            self.known |= new
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             failure = f"{type(error).__name__}: {error}"[:500]
             line |= {"until": self._now(), "samples": []}
         else:
@@ -161,7 +168,7 @@ class Collecting:
         pages: list[tuple[str | None, str]] = [(None, url) for url in job.metrics_urls]
         self.scrapers = [Scraper(url, job, client, samples, stage) for stage, url in [*pages, *job.stage_urls]]
         self.pages = [Background(scraper.scrape) for scraper in self.scrapers]
-        self.tail = open_tail(job.log, folder / "server.log")
+        self.tail = open_tail(job.log, folder / "server.log", secret_words(job.headers.values()))
         sampler, no_gpu = open_gpu(job.gpu)
         self.gpu = Background(_sampling(sampler, folder / "gpu_samples.jsonl", self.now)) if sampler else None
         self.spans = SpanStore(folder, job.services, self.now)

@@ -20,6 +20,10 @@ MAX_CHUNKS = 2**18
 """More than any model answers; a hostile stream must not hold the others up."""
 
 
+MAX_DEPTH = 8
+"""Levels of objects and lists in a server's timings."""
+
+
 class _Delta(msgspec.Struct, gc=False):  # as its neighbours: what JSON makes has no cycles
     role: Any = None
     content: Any = None
@@ -263,7 +267,7 @@ def read_stream(body: Body) -> Stream:
         token_source=token_source,
         finish_reason=next(iter(finish_reasons.values()), None),
         text="".join([chunk[2] for chunk in chunks]),
-        server=server,
+        server=_shallow(server),
         ended=done or (bool(finish_reasons) and finish_reasons.keys() >= {chunk[1] for chunk in chunks if chunk[2]}),
         error=error,
         malformed=malformed,
@@ -306,11 +310,21 @@ def read_answer(body: Body) -> Stream:
         token_source=None if total is None else "usage",
         finish_reason=next((choice.finish_reason for choice in choices if choice.finish_reason), None),
         text="".join(texts),
-        server=whole.metrics or whole.timings or whole.meta_info or in_choice,
+        server=_shallow(whole.metrics or whole.timings or whole.meta_info or in_choice),
         ended=malformed is None and bool(choices),
         error=error,
         malformed=malformed,
     )
+
+
+def _shallow(told: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A server's timings without what is nested deeper than any server does, which could be read but not written."""
+    return told and {key: value for key, value in told.items() if _depth_within(value, MAX_DEPTH)}
+
+
+def _depth_within(value: Any, levels: int) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_depth_within(one, levels - 1) for one in inside)
 
 
 def _whole_kind(tool_calls: Any, reasoning: Any, content: Any) -> Kind:

@@ -2,7 +2,7 @@
 
 import os
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -28,6 +28,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     proxy: Proxy | None
     timeouts: Timeouts
     stream: bool = True
+    secrets: tuple[str, ...] = ()  # what no record may show, though a server may say it back
 
 
 def request_headers(target: Target) -> dict[str, str]:
@@ -39,6 +40,16 @@ def request_headers(target: Target) -> dict[str, str]:
     return headers
 
 
+MIN_SECRET_CHARS = 8
+"""A shorter word of a header is no secret, and may stand anywhere."""
+
+
+def secret_words(values: Iterable[str]) -> tuple[str, ...]:
+    """The words of these headers' values that may be secret, the longest first: a key without its Bearer."""
+    words = {word for value in values for word in value.split() if len(word) >= MIN_SECRET_CHARS}
+    return tuple(sorted(words, key=lambda word: (-len(word), word)))
+
+
 def make_endpoint(target: Target, timeouts: Timeouts) -> Endpoint:
     """Raises ExperimentError if the address, a header or the CA bundle cannot be used."""
     try:
@@ -47,6 +58,7 @@ def make_endpoint(target: Target, timeouts: Timeouts) -> Endpoint:
         raise ExperimentError(f"target.url: expected http://HOST:PORT, found {target.url!r}") from None
     if url.hostname is None:
         raise ExperimentError(f"target.url: expected http://HOST:PORT, found {target.url!r}")
+    secrets = [*request_headers(target).values()]
     base = url.path.rstrip("/").removesuffix("/v1")
     headers = {
         "User-Agent": f"twoclocks/{__version__}",
@@ -62,6 +74,7 @@ def make_endpoint(target: Target, timeouts: Timeouts) -> Endpoint:
             path = f"http://{url.netloc}{path}"
             if proxy.authorization:
                 headers["Proxy-Authorization"] = proxy.authorization
+                secrets.append(proxy.authorization)
         head = request_head(url.netloc, path, headers)
         port = url.port or (443 if url.scheme == "https" else 80)
     except ValueError as error:
@@ -75,6 +88,7 @@ def make_endpoint(target: Target, timeouts: Timeouts) -> Endpoint:
         proxy=proxy,
         timeouts=timeouts,
         stream=target.stream,
+        secrets=secret_words(secrets),
     )
 
 

@@ -24,6 +24,10 @@ from twoclocks.server_names import COUNTERS, GAUGES, HISTOGRAMS, INNER_HISTOGRAM
 
 Series = tuple[str, Labels]
 ALL_HISTOGRAMS = HISTOGRAMS | INNER_HISTOGRAMS
+LARGEST = 1e30
+"""No server tells more, in whatever unit: a value beyond it is taken for absent, so that sums of values stay finite."""
+LARGEST_COUNT = 2.0**53
+"""No histogram observed more."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,8 @@ def _fill(url: str, lines: list[_Line]) -> Scrapes:
             if (column := columns.get((name, _key(labels)))) is not None:
                 current[column] = np.nan
         for name, labels, value in line.samples:
-            current[columns[name, _key(labels)]] = math.nan if value is None else value
+            is_possible = value is not None and abs(value) < LARGEST
+            current[columns[name, _key(labels)]] = value if is_possible else math.nan
         values[row] = current
     return Scrapes(
         url=url,
@@ -352,8 +357,8 @@ def _read(one: Scrapes, start: int, source: Source) -> list[Engine]:
         caveats = []
         if np.isnan(one.values[-1, column]):
             caveats.append(f"a series of {source.name} vanished from {one.url}: counted up to its last scrape")
-        if not (math.isfinite(count) and count >= 0):
-            caveats.append(f"{source.name} at {one.url} counts less than nothing, so that it tells nothing")
+        if not 0 <= count < LARGEST_COUNT:
+            caveats.append(f"{source.name} at {one.url} counts what cannot be ({count:g}), so that it tells nothing")
             count, total = 0.0, math.nan
         bounds, inside = np.array([]), np.array([])
         if count and labels in buckets:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
+
+from twoclocks.page import parse_page
 
 Row = dict[str, Any]
 
@@ -169,16 +170,16 @@ def dcgm_rows(page: str) -> list[Row]:
     """
     gpus: dict[str, dict[str, float]] = {}
     labels: dict[str, dict[str, str]] = {}
-    for family in text_string_to_metric_families(page):
-        for sample in family.samples:
-            # the parser gives each counter the ending _total, and the exporter types the energy as one
-            field, scale = _FIELDS.get(sample.name.removesuffix("_total"), ("", 0.0))
-            key = sample.labels.get("UUID") or sample.labels.get("gpu")
-            if not field or not key or not 0 <= sample.value < _BLANK:
-                continue
-            values = gpus.setdefault(key, {})
-            labels.setdefault(key, sample.labels)
-            values[field] = max(values.get(field, 0.0), sample.value * scale)
+    for (name, label_pairs), value in parse_page(page)[0].items():
+        # the parser gives each counter the ending _total, and the exporter types the energy as one
+        field, scale = _FIELDS.get(name.removesuffix("_total"), ("", 0.0))
+        told = dict(label_pairs)
+        key = told.get("UUID") or told.get("gpu")
+        if not field or not key or not 0 <= value < _BLANK:
+            continue
+        values = gpus.setdefault(key, {})
+        labels.setdefault(key, told)
+        values[field] = max(values.get(field, 0.0), value * scale)
     if not gpus:
         raise ValueError("no DCGM field of a GPU in this page; is it a DCGM exporter's?")
     return [_dcgm_row(labels[key], values) for key, values in gpus.items()]

@@ -9,6 +9,7 @@ import shlex
 import stat
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from twoclocks import keeper
@@ -25,17 +26,37 @@ GRACE_S = 2.0
 
 
 class _Copy:
-    """The copy in the run folder, which takes MAX_BYTES and counts the rest."""
+    """The copy in the run folder, which takes MAX_BYTES and counts the rest. It has *** for each of ``secrets``."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, secrets: Sequence[str]) -> None:
         self.path = path
         self.out = path.open("ab", buffering=0)
         self.left = MAX_BYTES
         self.over = 0  # bytes that were not copied
         self.broken: str | None = None
+        self.secrets = [secret.encode() for secret in secrets]
+        self.held = b""  # what may be the beginning of a secret
 
     def write(self, data: bytes) -> None:
         """Append what still fits. A full disk is told, not raised: the run goes on."""
+        data = self.hide(self.held + data)
+        beginnings = (n for secret in self.secrets for n in range(1, len(secret)) if data.endswith(secret[:n]))
+        held = max(beginnings, default=0)
+        self.held = data[len(data) - held :]
+        self._append(data[: len(data) - held])
+
+    def hide(self, data: bytes) -> bytes:
+        """With *** for each secret: a server may log the key that it was started with."""
+        for secret in self.secrets:
+            data = data.replace(secret, b"***")
+        return data
+
+    def close(self) -> None:
+        """Nothing more will be written."""
+        self._append(self.held)
+        self.out.close()
+
+    def _append(self, data: bytes) -> None:
         fits = data[: self.left]
         self.left -= len(fits)
         self.over += len(data) - len(fits)
@@ -62,9 +83,9 @@ class FileTail:
     (copytruncate): what the server wrote between the last copy and the truncation is gone, and that is told.
     """
 
-    def __init__(self, source: Path, copy: Path) -> None:
+    def __init__(self, source: Path, copy: Path, secrets: Sequence[str] = ()) -> None:
         self.source = source
-        self.out = _Copy(copy)
+        self.out = _Copy(copy, secrets)
         self.file: int | None = None
         self.position = 0
         self.last = b""  # of what was read from this file: what stands there unless the file was truncated and refilled
@@ -99,7 +120,7 @@ class FileTail:
             self.out.over += max(0, os.fstat(self.file).st_size - self.position)
             os.close(self.file)
             self.file = None
-        self.out.out.close()
+        self.out.close()
 
     def _copy(self) -> None:
         left = MAX_TURN_BYTES
@@ -172,9 +193,9 @@ class CommandTail:
     read has to wait.
     """
 
-    def __init__(self, command: str, copy: Path) -> None:
+    def __init__(self, command: str, copy: Path, secrets: Sequence[str] = ()) -> None:
         self.command = command
-        self.out = _Copy(copy)
+        self.out = _Copy(copy, secrets)
         self.taken = 0  # bytes in this turn
         self.last = b""
         self.closing = False
@@ -211,7 +232,7 @@ class CommandTail:
             self.copy()  # for what still stands in the pipe
             self.reader.join(GRACE_S)
         if self.reader is None or not self.reader.is_alive():
-            self.out.out.close()
+            self.out.close()
 
     def _read(self, kept: keeper.Kept, pipe: int) -> None:
         while data := os.read(pipe, PIECE_BYTES):
@@ -223,7 +244,11 @@ class CommandTail:
         os.close(pipe)
         status = kept.keeper.wait()
         if not self.closing:
-            lines = [line.strip() for line in self.last.decode("utf-8", "replace").splitlines() if line.strip()]
+            lines = [
+                line.strip()
+                for line in self.out.hide(self.last).decode("utf-8", "replace").splitlines()
+                if line.strip()
+            ]
             said = f": {plain(lines[-1])[:300]}" if lines else ""
             self.trouble = f"the command {self.command!r} ended with status {status}{said}"
 
@@ -232,9 +257,11 @@ Tail = FileTail | CommandTail
 """copy() once a second and at the end, never waiting; close(); failure: what is missing and why, None if nothing is."""
 
 
-def open_tail(setting: str, copy: Path) -> Tail | None:
-    """Begin to copy the log that ``collect.log`` names (none | file:PATH | command:ARGV); None for none."""
+def open_tail(setting: str, copy: Path, secrets: Sequence[str] = ()) -> Tail | None:
+    """Begin to copy the log that ``collect.log`` names (none | file:PATH | command:ARGV), without ``secrets``; None
+    for none.
+    """
     kind, _, rest = setting.partition(":")
     if kind == "file":
-        return FileTail(Path(rest), copy)
-    return CommandTail(rest, copy) if kind == "command" else None
+        return FileTail(Path(rest), copy, secrets)
+    return CommandTail(rest, copy, secrets) if kind == "command" else None

@@ -60,6 +60,10 @@ _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0
 _OUR_ID = re.compile(r"(?:([0-9]{1,4})_)?(?:[a-z]+-)*([0-9a-f]{32})(?:-.*)?")
 
 
+_OF_PARSE_DICT = (TypeError, AttributeError, OverflowError, SystemError)
+"""What ParseDict makes of a list or a number where it expects an object, of an infinite enum, of half a surrogate."""
+
+
 class SpanTold(msgspec.Struct, frozen=True):
     """What one span told."""
 
@@ -79,8 +83,7 @@ def decode(body: bytes, *, as_json: bool = False) -> ExportTraceServiceRequest:
             json_format.ParseDict(document, message, ignore_unknown_fields=True)
         else:
             message.ParseFromString(body)
-    except (DecodeError, json_format.ParseError, ValueError, RecursionError, TypeError, AttributeError) as error:
-        # the last two: what ParseDict makes of a list or a number where it expects an object
+    except (DecodeError, json_format.ParseError, ValueError, RecursionError, *_OF_PARSE_DICT) as error:
         raise ValueError(f"no ExportTraceServiceRequest: {str(error)[:200]}") from None
     resources = message.resource_spans
     if len(resources) > MAX_SCOPES or sum(len(resource.scope_spans) for resource in resources) > MAX_SCOPES:
