@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         "--server-log",
         metavar="FILE",
         type=Path,
-        help="a log copied from the server's machine; it is added to the run's folder as it stands, keys in it too, and "
+        help="a log copied from the server's machine; it is added to the run's folder as it stands, keys too, and "
         "later reports have it",
     )
     report.set_defaults(command=_report)
