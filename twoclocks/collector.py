@@ -26,6 +26,7 @@ import msgspec
 
 from twoclocks.collect import SETTLE_S, Answer, Job, tail_limit
 from twoclocks.endpoint import secret_words, tls_context
+from twoclocks.fetch import fetch
 from twoclocks.gpu import GpuSampler, open_gpu
 from twoclocks.log_tail import open_tail
 from twoclocks.otlp_receiver import Receiver, SpanStore
@@ -107,18 +108,8 @@ class Scraper:
         return (time.monotonic_ns() - self.job.zero_ns) / 1e9
 
     def _text(self) -> str:
-        deadline = time.monotonic() + PAGE_S
         headers = self.job.headers if origin_of(self.url) == origin_of(self.job.target_url) else {}
-        with self.client.stream("GET", self.url, headers=headers) as response:
-            response.raise_for_status()
-            body = bytearray()
-            for piece in response.iter_bytes():
-                body += piece
-                if len(body) > MAX_PAGE_BYTES:
-                    raise ValueError(f"a page of more than {MAX_PAGE_BYTES} bytes")
-                if time.monotonic() > deadline:
-                    raise ValueError(f"a page that was not whole after {PAGE_S:g} s")
-        return body.decode("utf-8", "replace")
+        return fetch(self.client, self.url, max_bytes=MAX_PAGE_BYTES, seconds=PAGE_S, headers=headers)
 
 
 class Background:

@@ -5,12 +5,12 @@ sampler gives one row a GPU; a value that a GPU does not tell is None. Where the
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import httpx
 
+from twoclocks.fetch import fetch
 from twoclocks.page import parse_page
 
 Row = dict[str, Any]
@@ -122,26 +122,14 @@ class _Dcgm:
         for url in self.urls:
             stamp = {"at": at, "source": "dcgm", "host": _host(url)}
             try:
-                rows += [stamp | row for row in dcgm_rows(self._page(url))]
+                page = fetch(self.client, url, max_bytes=MAX_PAGE_BYTES, seconds=PAGE_S)
+                rows += [stamp | row for row in dcgm_rows(page)]
             except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
                 rows.append(stamp | {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
         return rows
 
     def close(self) -> None:
         self.client.close()
-
-    def _page(self, url: str) -> str:
-        deadline = time.monotonic() + PAGE_S
-        body = bytearray()
-        with self.client.stream("GET", url) as response:
-            response.raise_for_status()
-            for piece in response.iter_bytes():
-                body += piece
-                if len(body) > MAX_PAGE_BYTES:
-                    raise ValueError(f"a page of more than {MAX_PAGE_BYTES} bytes")
-                if time.monotonic() > deadline:
-                    raise ValueError(f"a page that was not whole after {PAGE_S:g} s")
-        return body.decode("utf-8", "replace")
 
 
 _FIELDS: dict[str, tuple[str, float]] = {

@@ -94,7 +94,10 @@ def expand(runs: Iterable[tuple[T, int]]) -> list[T]:
 
 def token_span_s(chunk_us: Sequence[int], chunk_kinds: Iterable[tuple[Kind, int]]) -> tuple[float, float] | None:
     """First and last token chunk, in seconds since sent_at; None if no token came."""
-    tokens = [index for index, kind in enumerate(expand(chunk_kinds)) if kind in TOKEN_KINDS]
-    if not tokens:
-        return None
-    return sum(chunk_us[: tokens[0] + 1]) / 1e6, sum(chunk_us[: tokens[-1] + 1]) / 1e6
+    first = until = chunks = 0
+    for kind, run in chunk_kinds:
+        if kind in TOKEN_KINDS:
+            first = first or chunks + 1
+            until = chunks + run
+        chunks += run
+    return (sum(chunk_us[:first]) / 1e6, sum(chunk_us[:until]) / 1e6) if first else None

@@ -20,7 +20,7 @@ from twoclocks.endpoint import Endpoint
 from twoclocks.errors import plain
 from twoclocks.experiment import Experiment
 from twoclocks.reader import connect
-from twoclocks.record import TOKEN_KINDS, Record, encode_record
+from twoclocks.record import Record, encode_record, token_span_s
 from twoclocks.workload import Plan
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # a user's pause after a failure, doubled each time, so that it cannot spin
@@ -201,11 +201,7 @@ def fire_request(environment: Environment, experiment: Experiment, record: Recor
 
 def duration_s(record: Record) -> float:
     """E2E (last token chunk - sent_at) of a request with tokens; of any other the time until it was given up."""
-    chunks = until = 0
-    for kind, run in record.chunk_kinds:
-        chunks += run
-        if kind in TOKEN_KINDS:
-            until = chunks
-    if until:
-        return sum(record.chunk_us[:until]) / 1e6
+    span = token_span_s(record.chunk_us, record.chunk_kinds)
+    if span is not None:
+        return span[1]
     return record.ended_at - (record.intended_at if record.sent_at is None else record.sent_at)
