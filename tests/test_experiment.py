@@ -62,6 +62,25 @@ def test_overrides_and_variables(load):
         ("collect: {log: x.log}", (), "collect.log: expected none or file:PATH"),
         ("collect: {metrics_url: [localhost]}", (), "collect.metrics_url: expected auto, none or a list of URLs"),
         ("- a", (), "expected keys such as 'target:'"),
+        (
+            "target: {start: {kind: vlm}}",
+            (),
+            "start.kind: expected vllm | transformers | pytorch | command, found 'vlm'",
+        ),
+        ("target: {start: {model: m}}", (), "target.start: object missing required field `kind`"),
+        ("target: {start: {kind: vllm, modle: m}}", (), "unknown key 'target.start.modle'; known here: kind, model, "),
+        ("target: {stages: [{name: a}, {nme: b}]}", (), "unknown key 'target.stages[1].nme'; known here: name, "),
+        ("load: {sweep: {levels: {form: 1}}}", (), "unknown key 'load.sweep.levels.form'; known here: from, to"),
+        ("load: {sweep: {levels: {from: 1, to: 2, count: 2, scale: x}}}", (), "scale: expected linear | log, found"),
+        ("target: {start: {kind: vllm}}", (), "target.start.model: vllm needs one"),
+        ("target: {start: {kind: vllm, model: m, command: [x]}}", (), "start.command: is for kind command"),
+        ("target: {start: {kind: transformers, model: m}}", (), "write target.server: transformers"),
+        ("target: {url: 'http://far:80', start: {kind: vllm, model: m}}", (), "names another (http://far:80)"),
+        ("target: {start: {kind: command}}", (), "start.command: expected its words"),
+        ("target: {start: {kind: command, command: [x]}}", (), "does not say on which port"),
+        ("target: {start: {kind: command, command: [x, {port}]}}", (), 'write "{port}"'),
+        ("target: {start: {kind: command, command: ['{model}'], port: 80}}", (), "the command has a {model}"),
+        ("target: {start: {kind: vllm, model: m, port: 70000}}", (), "target.start.port: expected `int` <= 65535"),
         ("a: [", (), "line 1 is not YAML"),
         ("", ("load.users",), "--set 'load.users': expected KEY=VALUE"),
         ("load: {users: 1}", ("load.users.x=1",), "--set load.users.x: 'users' holds a value, not keys"),
@@ -109,3 +128,22 @@ def test_secrets_deep_in_the_experiment_are_masked(load):
 
     assert "secret-" not in text
     assert "top_k: 3" in text
+
+
+def test_secrets_of_a_started_server_are_masked_and_its_other_words_are_not(load):
+    experiment = load("""
+        target:
+          start:
+            kind: command
+            model: m
+            command: [env, HF_TOKEN=secret-1, serve, --port, "{port}", --api-key, secret-2, --hf-token=secret-3]
+            flags: [--return-tokens-as-token-ids, --max-num-batched-tokens, "512"]
+            env: {HUGGING_FACE_HUB_TOKEN: secret-4, AWS_SECRET_ACCESS_KEY: secret-5, OMP_NUM_THREADS: "1"}
+        """)
+    text = to_yaml(experiment)
+
+    assert "secret-" not in text
+    start = load(text).target.start
+    assert start.command == ["env", "HF_TOKEN=***", "serve", "--port", "{port}", "--api-key", "***", "--hf-token=***"]
+    assert start.flags == experiment.target.start.flags
+    assert start.env["OMP_NUM_THREADS"] == "1"

@@ -37,6 +37,23 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     service: str | None = None  # service.name of its OTLP spans
 
 
+StartKind = Literal["vllm", "transformers", "pytorch", "command"]
+
+
+class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A server that `twoclocks run` starts on this machine before the load and ends after it."""
+
+    kind: StartKind  # command: anything that speaks the API, such as llama.cpp, TGI or SGLang
+    model: str | None = None  # a folder, a name in the models' cache (SmolLM2-135M-Instruct), or a hub id
+    served_model_name: str | None = None  # what requests call it; not for transformers, which serves it by its path
+    flags: list[str] = []  # after ours, and so over them
+    env: dict[str, str] = {}  # beside this process's own
+    command: list[str] = []  # of kind command; "{port}", "{model}" and "{python}" in it are filled in
+    python: str = "auto"  # auto: the tester's cache, else what runs `vllm` or `transformers` on the PATH, else this one
+    port: Annotated[int, Meta(ge=0, le=65535)] = 0  # 0: a free one
+    ready_s: Positive = 600  # how long it may take until its first token
+
+
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     url: str = "http://127.0.0.1:8000"
     name: str | None = None  # how reports call it; the server's kind if not given
@@ -51,6 +68,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     tls_cert: str | None = None  # path of a client certificate with its key (PEM)
     stages: list[Stage] = []  # what stands between the client and the server, the outermost first
     tokenizer: str | None = None  # path of a tokenizer.json; counts answers of servers that send no usage
+    start: Start | None = None  # by `twoclocks run`, which then sets url, model and collect.log
 
 
 class MixPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -214,7 +232,7 @@ def to_yaml(experiment: Experiment) -> str:
 
 
 SECRET = re.compile(
-    r"(?:^|[^a-z0-9])(authorization|api[-_]?key|token|secret|password|passwd|headers|cookie|credentials?)\b",
+    r"(?:^|[^a-z0-9])(authorization|api[-_]?key|access[-_]?key|token|secret|password|passwd|headers|cookie|credentials?)\b",
     re.IGNORECASE,
 )
 """Names of what may be secret. api_key_env, max_tokens and the like are not among them."""
@@ -225,8 +243,26 @@ def masked(tree: Any, *, is_secret: bool = False) -> Any:
     if isinstance(tree, dict):
         return {key: masked(value, is_secret=is_secret or bool(SECRET.search(str(key)))) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [masked(value, is_secret=is_secret) for value in tree]
+        shown = masked_argv(tree) if not is_secret and all(isinstance(word, str) for word in tree) else tree
+        return [masked(value, is_secret=is_secret) for value in shown]
     return "***" if is_secret and tree is not None else tree
+
+
+_SECRET_NAME = re.compile(SECRET.pattern + "$", re.IGNORECASE)
+
+
+def masked_argv(argv: Sequence[str]) -> list[str]:
+    """A command line without what may be secret: ``--api-key X``, ``--api-key=X``, ``HF_TOKEN=X``."""
+    shown = []
+    for before, word in zip(["", *argv], argv, strict=False):
+        name, equals, _ = word.partition("=")
+        if equals and _SECRET_NAME.search(name):
+            shown.append(f"{name}=***")
+        elif before.startswith("-") and _SECRET_NAME.search(before) and not word.startswith("-"):
+            shown.append("***")
+        else:
+            shown.append(word)
+    return shown
 
 
 def masked_word(word: str) -> str:
@@ -297,14 +333,16 @@ def _convert(raw: Any, where: str) -> Experiment:
         key = at.rstrip("`").removeprefix(".") or "the file"
         if message.startswith("Invalid enum value"):
             message = f"expected {' | '.join(_choices(key))}, found{message.removeprefix('Invalid enum value')}"
+        if ".start.command[" in key and "got `object`" in message:
+            message = 'braces without quotes are keys to YAML; write "{port}" and "{model}"'
         raise ExperimentError(f"{where}: {key}: {message[0].lower()}{message[1:]}") from None
 
 
 def _choices(key: str) -> list[str]:
     """What may stand at a dotted key whose type is made of literals and numbers."""
     kind: Any = Experiment
-    for name in key.split("."):
-        kind = {field.name: field.type for field in msgspec.structs.fields(kind)}[name]
+    for name in re.sub(r"\[.*?\]", "", key).split("."):
+        kind = {field.encode_name: field.type for field in msgspec.structs.fields(_structs_in(kind)[0])}[name]
     words = [word for part in get_args(kind) for word in (get_args(part) or [part]) if isinstance(word, str)]
     return words if len(words) > 1 else ["a number above 0", *words]
 
@@ -313,12 +351,22 @@ def _refuse_unknown(raw: Any, struct: type[msgspec.Struct], prefix: str, where: 
     """Name the unknown key together with the ones that exist, which msgspec does not."""
     if not isinstance(raw, dict):
         return
-    fields = {field.name: field.type for field in msgspec.structs.fields(struct)}
+    fields = {field.encode_name: field.type for field in msgspec.structs.fields(struct)}
     for key, value in raw.items():
         if key not in fields:
             raise ExperimentError(f"{where}: unknown key '{prefix}{key}'; known here: {', '.join(fields)}")
-        if isinstance(fields[key], type) and issubclass(fields[key], msgspec.Struct):
-            _refuse_unknown(value, fields[key], f"{prefix}{key}.", where)
+        for inner in _structs_in(fields[key]):
+            children = enumerate(value) if isinstance(value, list) else [(None, value)]
+            for number, child in children:
+                at = key if number is None else f"{key}[{number}]"
+                _refuse_unknown(child, inner, f"{prefix}{at}.", where)
+
+
+def _structs_in(kind: Any) -> list[type[msgspec.Struct]]:
+    """The struct of a type such as S, S | None or list[S]; none for a type without one."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return [kind]
+    return [struct for part in get_args(kind) for struct in _structs_in(part)]
 
 
 def _check(experiment: Experiment, where: str) -> None:
@@ -332,6 +380,8 @@ def _check(experiment: Experiment, where: str) -> None:
         )
     if experiment.workload.ignore_eos and target.server == "transformers":
         raise ExperimentError(f"{where}: workload.ignore_eos: transformers serve refuses this field; leave it out")
+    if target.start is not None:
+        _check_start(target, target.start, where)
     _check_workload(experiment, where)
     _check_load(experiment.load, where)
     _check_levels(experiment, where)
@@ -347,6 +397,35 @@ def _check(experiment: Experiment, where: str) -> None:
             raise ExperimentError(f"{where}: collect.metrics_url: expected auto, none or a list of URLs, found {url!r}")
         if re.match(r"https?://[^/]*@", url):
             raise ExperimentError(f"{where}: collect.metrics_url: holds a password, which would be written down")
+
+
+def _check_start(target: Target, start: Start, where: str) -> None:
+    at = f"{where}: target.start"
+    if not re.match(r"http://(127\.0\.0\.1|localhost)([:/]|$)", target.url):
+        raise ExperimentError(
+            f"{at}: starts a server on this machine, but target.url names another ({target.url}); leave one of them out"
+        )
+    if start.kind in ("vllm", "transformers") and target.server != start.kind:
+        raise ExperimentError(
+            f"{at}.kind: starts {start.kind}, but target.server is {target.server}; write target.server: {start.kind}"
+        )
+    if start.kind != "command":
+        if start.command:
+            raise ExperimentError(f"{at}.command: is for kind command; {start.kind} takes flags")
+        if not start.model:
+            raise ExperimentError(
+                f"{at}.model: {start.kind} needs one: a folder, a name in the models' cache or a hub id"
+            )
+        return
+    if not start.command:
+        raise ExperimentError(f'{at}.command: expected its words, such as [llama-server, --port, "{{port}}"]')
+    words = " ".join(start.command)
+    if "{port}" not in words and not start.port:
+        raise ExperimentError(
+            f'{at}.command: does not say on which port; put "{{port}}" into it, or its own port into target.start.port'
+        )
+    if "{model}" in words and not start.model:
+        raise ExperimentError(f"{at}.model: the command has a {{model}}, and none is given")
 
 
 def _check_workload(experiment: Experiment, where: str) -> None:
