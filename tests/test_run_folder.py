@@ -6,7 +6,7 @@ import pytest
 from twoclocks.errors import RunFolderError
 from twoclocks.experiment import Experiment
 from twoclocks.record import Record, encode_record, read_records
-from twoclocks.run_folder import RunFolder, first_meta
+from twoclocks.run_folder import RunFolder, first_meta, make_folder
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 RECORD = Record(
@@ -16,15 +16,13 @@ RECORD = Record(
 
 def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path):
     experiment = Experiment(name="a/b c", output=str(tmp_path))
-    folders = [RunFolder.create(experiment, NOW) for _ in range(2)]
-    for folder in folders:
-        folder.close()
+    folders = [make_folder(experiment, now=NOW) for _ in range(2)]
 
-    assert [folder.path.name for folder in folders] == ["20260102-030405-a-b-c", "20260102-030405-a-b-c-2"]
+    assert [folder.name for folder in folders] == ["20260102-030405-a-b-c", "20260102-030405-a-b-c-2"]
 
 
 def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
-    folder = RunFolder.create(Experiment(output=str(tmp_path)), NOW)
+    folder = RunFolder.create(Experiment(output=str(tmp_path)))
     folder.append(encode_record(RECORD) + encode_record(RECORD)[:40])
     folder.close()
 
@@ -33,7 +31,7 @@ def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
 
 def test_what_is_known_so_far_stands_in_run_json(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["locust", "--set", "target.headers.Authorization=Bearer secret", "-u", "3"])
-    folder = RunFolder.create(Experiment(output=str(tmp_path)), NOW)
+    folder = RunFolder.create(Experiment(output=str(tmp_path)))
     folder.write_meta(**first_meta(0))
     folder.write_meta(status="finished")
     folder.close()
@@ -46,4 +44,16 @@ def test_what_is_known_so_far_stands_in_run_json(tmp_path, monkeypatch):
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="the run folder cannot be made"):
-        RunFolder.create(Experiment(output=str(tmp_path / "file")), NOW)
+        RunFolder.create(Experiment(output=str(tmp_path / "file")))
+    with pytest.raises(RunFolderError, match="another place with --run-folder PATH"):
+        RunFolder.create(Experiment(), tmp_path / "file" / "run")
+
+
+def test_a_place_may_be_named_that_does_not_exist_yet(tmp_path):
+    asked = tmp_path / "new" / "run"
+
+    assert make_folder(Experiment(output="elsewhere"), asked) == asked
+    assert (asked / "experiment.yaml").exists()
+    for there in (asked, asked / "experiment.yaml"):
+        with pytest.raises(RunFolderError, match=f"--run-folder {there}: exists already"):
+            make_folder(Experiment(), there)

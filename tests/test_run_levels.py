@@ -30,14 +30,14 @@ class PretendedLocust(Child):
 
     def run(self, argv):
         settings = dict(word.split("=", 1) for word in map(str, argv) if "=" in word)
-        name, place = settings["name"], Path(settings["output"])
+        name, folder = settings["name"], Path(argv[argv.index("--run-folder") + 1])
         self.ran.append(name)
         if name in self.breaking:
             return 3
-        make_run(place / f"stamp-{name}", requests=12, seed=len(self.ran))
+        make_run(folder, requests=12, seed=len(self.ran))
         if name == self.stops:
             self.stopped.set()
-            meta = place / f"stamp-{name}" / "run.json"
+            meta = folder / "run.json"
             meta.write_text(json.dumps(json.loads(meta.read_text()) | {"status": "interrupted"}))
         return 0
 
@@ -102,11 +102,10 @@ def test_a_search_stops_at_a_server_that_never_meets_the_slo(tmp_path):
 
     class Slow(PretendedLocust):
         def run(self, argv):
-            settings = dict(word.split("=", 1) for word in map(str, argv) if "=" in word)
-            place = Path(settings["output"])
+            folder = Path(argv[argv.index("--run-folder") + 1])
             records = [record(f"{n:032x}", chunk_us=[1000], chunk_kinds=[("content", 1)]) for n in range(30)]
-            write_folder(place / "run", records)
-            (place / "run" / "experiment.yaml").write_text("slo: {ttft_ms: 0.001}\n")
+            write_folder(folder, records)
+            (folder / "experiment.yaml").write_text("slo: {ttft_ms: 0.001}\n")
             return 0
 
     runs = LevelRuns.begun(experiment, path, [])
@@ -147,6 +146,30 @@ def test_a_run_without_a_file(tmp_path, capfd):
     assert code == 0, capfd.readouterr()
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
     assert "users: 2" in (folder / "experiment.yaml").read_text()
+
+
+def test_a_run_goes_to_the_folder_that_is_named(tmp_path, capfd):
+    """And a level of a sweep to its own; Locust's last line names a place that exists."""
+    settings = words(tmp_path / "no", "load.duration_s=1", "load.ramp_s=0", "warmup.requests=0")
+    sweep = ["--set", "load.shape=sweep", "--set", "load.sweep.levels=[2]"]
+    default = str(ROOT / "configs" / "default.yaml")
+    with FakeServer(lambda body: plain_answer(3)) as server:
+        common = ["run", default, "--url", server.url, "--no-report", *settings]
+        codes = [
+            cli.main([*common, "--run-folder", str(tmp_path / "one")]),
+            cli.main([*common, "--run-folder", str(tmp_path / "many"), *sweep]),
+            cli.main([*common, "--run-folder", str(tmp_path / "one")]),
+            cli.main(["run", "--resume", str(tmp_path / "many"), "--run-folder", str(tmp_path / "other")]),
+        ]
+    told = capfd.readouterr()
+    named = [Path(line.split(": ")[1]) for line in told.out.splitlines() if line.startswith("run folder: ")]
+
+    assert codes == [0, 0, 2, 2], told
+    assert named == [tmp_path / "one", tmp_path / "many" / "01-users-2"]
+    assert all((folder / "run.json").exists() for folder in named)
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "many"}
+    assert f"--run-folder {tmp_path / 'one'}: exists already; name a folder that does not exist yet" in told.err
+    assert "leave one of them out" in told.err
 
 
 def test_ctrl_c_once_drains_and_twice_cuts_off(tmp_path):

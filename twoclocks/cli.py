@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--url", help="of the server, in place of target.url")
     run.add_argument("--users", type=int, help="in place of load.users")
     run.add_argument("--processes", metavar="N", type=int, default=1, help="Locust workers (default: 1, no workers)")
+    run.add_argument("--run-folder", metavar="PATH", type=Path, help="make the run, sweep or search in this new folder")
     run.add_argument("--resume", metavar="FOLDER", type=Path, help="of a sweep or search: run what it has not run yet")
     run.add_argument("--no-report", action="store_true", help="leave the report to a later `twoclocks report FOLDER`")
     run.set_defaults(command=_run)

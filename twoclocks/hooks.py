@@ -18,6 +18,7 @@ from twoclocks.errors import TwoclocksError
 from twoclocks.experiment import load_experiment
 from twoclocks.levels import one_run_only
 from twoclocks.master import MasterSide, apply_options
+from twoclocks.run_folder import refuse_existing
 from twoclocks.shapes import first_users, in_window, length_s
 from twoclocks.worker import WorkerSide
 from twoclocks.workload import load_workload
@@ -51,6 +52,13 @@ def add_options(parser: Any) -> None:
         help="change one key of the experiment, e.g. --set load.users=10; may be given several times",
     )
     parser.add_argument(
+        "--run-folder",
+        metavar="PATH",
+        type=Path,
+        include_in_web_ui=False,
+        help="folder of this run, which must not exist yet (default: a new one below the experiment's output)",
+    )
+    parser.add_argument(
         "--no-report",
         action="store_true",
         include_in_web_ui=False,
@@ -68,6 +76,8 @@ def on_init(environment: Environment, runner: Any, **_: Any) -> None:
     options = environment.parsed_options
     assert options is not None
     try:
+        if options.run_folder is not None:
+            refuse_existing(options.run_folder)
         experiment = load_experiment(Path(options.experiment), options.overrides)
         one_run_only(experiment.load)
         settings = apply_options(experiment, options)

@@ -129,7 +129,7 @@ class MasterSide:
         endpoint = make_endpoint(experiment.target, experiment.timeouts)
         prompts = in_window(load_workload(experiment), experiment.load)
         self.salt = new_salt()
-        self.folder = RunFolder.create(experiment)
+        self.folder = RunFolder.create(experiment, self.options.run_folder)
         self.zero_ns = time.monotonic_ns()
         target = experiment.target
         self.folder.write_meta(

@@ -31,27 +31,13 @@ class RunFolder:
         self.meta: dict[str, Any] = {}
 
     @classmethod
-    def create(cls, experiment: Experiment, now: datetime | None = None) -> "RunFolder":
-        """A new folder ``<output>/<time>-<name>`` with the experiment as resolved. Raises RunFolderError."""
-        name = re.sub(r"[^\w.-]+", "-", experiment.name)[:80]
-        stamp = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")  # a name people read: local time
-        parent = Path(experiment.output)
-        for attempt in range(100):
-            path = parent / (f"{stamp}-{name}" + (f"-{attempt + 1}" if attempt else ""))
-            try:
-                path.mkdir(parents=True)
-            except FileExistsError:
-                continue
-            except OSError as error:
-                raise RunFolderError(
-                    f"{path}: the run folder cannot be made: {error.strerror}; name another place with --set output=DIR"
-                ) from None
-            try:
-                (path / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")
-                return cls(path)
-            except OSError as error:
-                raise RunFolderError(f"{path}: cannot be written: {error.strerror}") from None
-        raise RunFolderError(f"{parent}: holds a hundred runs of this second; wait a moment")
+    def create(cls, experiment: Experiment, path: Path | None = None) -> "RunFolder":
+        """A new folder: see make_folder. Raises RunFolderError."""
+        path = make_folder(experiment, path)
+        try:
+            return cls(path)
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be written: {error.strerror}") from None
 
     def append(self, lines: bytes, name: str = "requests.jsonl") -> None:
         """Append finished lines to a file. Raises TwoclocksError when the disk does not take them."""
@@ -76,6 +62,40 @@ class RunFolder:
         """No more lines will come."""
         for file in self._files.values():
             os.close(file)
+
+
+def make_folder(experiment: Experiment, path: Path | None = None, now: datetime | None = None) -> Path:
+    """A new folder at ``path``, else ``<output>/<time>-<name>``, with the experiment as resolved in it.
+
+    Raises RunFolderError, also if there is something at ``path``.
+    """
+    stamp = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")  # a name people read: local time
+    first = f"{stamp}-" + re.sub(r"[^\w.-]+", "-", experiment.name)[:80]
+    names = [first, *(f"{first}-{attempt}" for attempt in range(2, 101))]
+    for folder in [path] if path is not None else [Path(experiment.output, name) for name in names]:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            way = "--run-folder PATH" if path is not None else "--set output=DIR"
+            raise RunFolderError(
+                f"{folder}: the run folder cannot be made: {error.strerror}; name another place with {way}"
+            ) from None
+        try:
+            (folder / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")
+        except OSError as error:
+            raise RunFolderError(f"{folder}: cannot be written: {error.strerror}") from None
+        return folder
+    if path is not None:
+        refuse_existing(path)
+    raise RunFolderError(f"{experiment.output}: holds a hundred runs of this second; wait a moment")
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises RunFolderError if there is something at the place that --run-folder names."""
+    if os.path.lexists(path):
+        raise RunFolderError(f"--run-folder {path}: exists already; name a folder that does not exist yet")
 
 
 def this_clock() -> str:

@@ -6,7 +6,6 @@ showed is read from its folder, so that a sweep or search that was broken off go
 
 import contextlib
 import os
-import re
 import signal
 import sys
 import threading
@@ -14,7 +13,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 import httpx
@@ -25,6 +23,7 @@ from twoclocks.endpoint import request_headers, tls_context
 from twoclocks.errors import RunFolderError, TwoclocksError
 from twoclocks.experiment import Experiment, Target, load_experiment, masked_word, to_yaml
 from twoclocks.levels import RULE, Evidence, Found, Next, Probe, judge, next_probe, sweep_levels
+from twoclocks.run_folder import make_folder, refuse_existing
 from twoclocks.target import base_url
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,6 +109,10 @@ def passing_signals_on() -> Iterator[Child]:
 
 def run(options: Namespace, progress: Progress) -> int:
     """What the command line of `twoclocks run` asks for; its exit code. Raises TwoclocksError."""
+    if options.resume and options.run_folder:
+        raise TwoclocksError(f"--run-folder: the folder is that of --resume {options.resume}; leave one of them out")
+    if options.run_folder:
+        refuse_existing(options.run_folder)
     stored = read_levels(options.resume) if options.resume else None
     path = options.experiment or (Path(stored.experiment_file) if stored else default_experiment())
     overrides = list(options.set) or (stored.overrides if stored else [])
@@ -122,12 +125,14 @@ def run(options: Namespace, progress: Progress) -> int:
     if experiment.load.shape not in ("sweep", "search"):
         if options.resume:
             raise TwoclocksError(f"--resume: {path} is a single run, which cannot go on; leave --resume out")
+        locust += ["--run-folder", options.run_folder] if options.run_folder else []
+        locust += ["--no-report"] if options.no_report else []
         with passing_signals_on() as child:
-            return child.run([*locust, *(["--no-report"] if options.no_report else [])])
+            return child.run(locust)
     plan = (
         LevelRuns.resumed(options.resume, stored, experiment)
         if stored
-        else LevelRuns.begun(experiment, path, overrides)
+        else LevelRuns.begun(experiment, path, overrides, options.run_folder)
     )
     with passing_signals_on() as child:
         plan.run(child, locust, progress)
@@ -170,17 +175,11 @@ class LevelRuns:
         self.folder, self.experiment, self.levels = folder, experiment, levels
 
     @classmethod
-    def begun(cls, experiment: Experiment, path: Path, overrides: Sequence[str]) -> "LevelRuns":
-        """In a new folder OUTPUT/<time>-<name>. Raises RunFolderError."""
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")  # a name people read: local time
-        folder = Path(experiment.output, stamp + "-" + re.sub(r"[^\w.-]+", "-", experiment.name)[:80])
-        try:
-            folder.mkdir(parents=True)
-            (folder / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")
-        except OSError as error:
-            raise RunFolderError(
-                f"{folder}: cannot be made: {error.strerror}; name another place with --set output=DIR"
-            ) from None
+    def begun(
+        cls, experiment: Experiment, path: Path, overrides: Sequence[str], folder: Path | None = None
+    ) -> "LevelRuns":
+        """In a new folder: see make_folder. Raises RunFolderError."""
+        folder = make_folder(experiment, folder)
         load = experiment.load
         levels = Levels(
             kind=load.shape,
@@ -275,34 +274,30 @@ class LevelRuns:
             if level.reset != "done":
                 self.progress(f"{plan.reset}: {level.reset}; the level is run nevertheless")
         self.save()
-        _put_aside(self.folder / level.folder)
-        place = self.folder / f".{level.folder}"  # Locust makes a folder of its own name in it
-        level.exit_code = self.child.run([*self.locust, "--no-report", *self.settings(level, place)])
+        folder = self.folder / level.folder
+        _put_aside(folder)
+        level.exit_code = self.child.run([*self.locust, "--no-report", "--run-folder", folder, *self.settings(level)])
         level.ended_at_unix = time.time()
-        level.status, level.error = self.moved(place, self.folder / level.folder)
+        level.status, level.error = self.outcome(folder)
         if level.error:
             self.progress(f"level {level.folder}: {level.error}")
         self.save()
         return level
 
-    def settings(self, level: Level, place: Path) -> list[str]:
+    def settings(self, level: Level) -> list[str]:
         """What of the experiment is another in a level, as --set has it."""
         load = self.experiment.load
         settings = [f"load.shape={'ramp' if level.over == 'users' else 'rate'}"]
         settings.append(f"load.users={level.value:.0f}" if level.over == "users" else f"load.rate={level.value!r}")
         settings.append(f"load.duration_s={load.duration_s * (2 if level.longer else 1)!r}")
         settings.append(f"load.seed={load.seed + level.number - 1}")  # arrivals of another draw
-        settings += [f"name={level.folder}", f"output={place}"]
+        settings.append(f"name={level.folder}")
         return [word for setting in settings for word in ("--set", setting)]
 
-    def moved(self, place: Path, folder: Path) -> tuple[str, str | None]:
-        """Give the run's folder its name; (status of the level, why it is not finished)."""
-        made = sorted(place.iterdir()) if place.is_dir() else []
-        if not made:
+    def outcome(self, folder: Path) -> tuple[str, str | None]:
+        """What became of the run in this folder: (status of the level, why it is not finished)."""
+        if not folder.exists():
             return "failed", "the run could not begin; see above"
-        made[-1].replace(folder)
-        with contextlib.suppress(OSError):  # of a broken run something may be left; it stays
-            place.rmdir()
         try:
             status = msgspec.json.decode((folder / "run.json").read_bytes())["status"]
         except (OSError, msgspec.MsgspecError, KeyError, TypeError):
