@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from twoclocks.errors import ExperimentError
-from twoclocks.experiment import LevelRange, Load, Search, Sweep, load_experiment
+from twoclocks.experiment import Experiment, LevelRange, Load, Search, Sweep, load_experiment
 from twoclocks.levels import (
     Evidence,
     Found,
@@ -150,9 +150,11 @@ def test_what_cannot_be_run_is_told_before_any_load(tmp_path, settings, message)
 
 
 def test_locust_alone_says_who_runs_several_runs():
-    one_run_only(Load(shape="rate"))
+    one_run_only(Experiment(load=Load(shape="rate")))
     with pytest.raises(ExperimentError, match="twoclocks run"):
-        one_run_only(Load(shape="sweep"))
+        one_run_only(Experiment(load=Load(shape="sweep")))
+    with pytest.raises(ExperimentError, match=r"twoclocks run .* --target NAME \(there: A, B\)"):
+        one_run_only(Experiment(targets=[{"name": "A"}, {"name": "B"}]))
 
 
 def test_the_factor_of_a_bracket_is_what_tolerance_says():

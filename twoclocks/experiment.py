@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -176,9 +177,44 @@ class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     share: Annotated[float, Meta(gt=0, le=1)] = 0.99  # of the measured requests must meet all; else exit code 1
 
 
+class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One way in which a study sends its load: dotted keys and their values, as --set has them."""
+
+    name: str
+    set: dict[str, Any] = {}
+
+
+class Where(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The runs of a study that a figure is of."""
+
+    target: str
+    variant: str = ""  # if the study has variants
+
+
+class Claim(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What somebody published, to stand beside what is measured."""
+
+    says: str
+    figure: str  # as the study's report names it, such as output_throughput, ttft.p50, memory.kv_used_peak
+    of: Where
+    over: Where | None = None  # then the claim is on the ratio of / over
+    published: float
+    unit: str = ""
+    source: str = ""
+    conditions: str = ""  # machine, model, load
+
+
 class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     name: str = "default"
-    target: Target = Target()
+    target: Target = Target()  # of a study: what its targets have in common
+    # a study: the same load on several targets, or in several ways, or several times, by `twoclocks run`
+    targets: list[dict[str, Any]] = []  # each a name and the keys of target in which it differs
+    variants: list[Variant] = []
+    repeats: Count = 1
+    order: Literal["in-turn", "abba"] = "in-turn"  # abba: each repeat goes through the targets the other way round
+    keep_started: bool = True  # in order abba: servers that were started stay until the end, all at the same time
+    missing: Literal["stop", "skip"] = "stop"  # when a target cannot be had
+    claims: list[Claim] = []
     workload: Workload = Workload()
     load: Load = Load()
     warmup: Warmup = Warmup()
@@ -190,10 +226,18 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     output: str = "output"
 
 
-def load_experiment(path: Path, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Experiment:
+def load_experiment(
+    path: Path,
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] = os.environ,
+    *,
+    target: str | None = None,
+    variant: str | None = None,
+) -> Experiment:
     """The experiment in a YAML file, with ``--set``-style overrides such as ``load.users=10`` applied.
 
-    ``${NAME}`` and ``${NAME:-default}`` inside values are filled from the environment.
+    ``${NAME}`` and ``${NAME:-default}`` inside values are filled from the environment. ``target`` and ``variant``
+    choose from a study one of its runs: an experiment without targets and variants. Overrides win over both.
     Raises ExperimentError, in one line, for anything that cannot be used.
     """
     try:
@@ -214,7 +258,14 @@ def load_experiment(path: Path, overrides: Sequence[str] = (), environ: Mapping[
         raise ExperimentError(f"{path}: expected keys such as 'target:' and 'load:', found {type(raw).__name__}")
     for override in overrides:
         _set(raw, override)
+    if target is not None or variant is not None:
+        raw = _chosen(raw, target, variant, environ, str(path))
+        for override in overrides:
+            _set(raw, override)
     experiment = _convert(_interpolate(raw, environ, str(path)), str(path))
+    if is_study(experiment):
+        _check_study(experiment, str(path))
+        return experiment
     _check(experiment, str(path))
     load = experiment.load  # a shorter time on Locust's command line is the user's choice, in a file it is a slip
     if load.shape == "ramp" and load.ramp_s > load.duration_s:
@@ -222,6 +273,55 @@ def load_experiment(path: Path, overrides: Sequence[str] = (), environ: Mapping[
             f"{path}: load.ramp_s: the ramp ({load.ramp_s:g} s) is longer than load.duration_s ({load.duration_s:g} s)"
         )
     return experiment
+
+
+def is_study(experiment: Experiment) -> bool:
+    """Is it more than one target, variant and time?"""
+    return bool(experiment.targets or experiment.variants or experiment.repeats > 1)
+
+
+def _chosen(
+    raw: dict[str, Any], target: str | None, variant: str | None, environ: Mapping[str, str], where: str
+) -> dict[str, Any]:
+    """The raw experiment of one target and variant of a study."""
+    study = _convert(_interpolate(raw, environ, where), where)
+    chosen = deepcopy({key: value for key, value in raw.items() if key not in STUDY_KEYS})  # it is changed below
+    if target is not None:
+        number = _place("targets", [str(one.get("name")) for one in study.targets], target, where)
+        chosen["target"] = (chosen.get("target") or {}) | raw["targets"][number]
+    if variant is not None:
+        number = _place("variants", [one.name for one in study.variants], variant, where)
+        for key, value in (raw["variants"][number].get("set") or {}).items():
+            _set_value(chosen, key, value)
+    return chosen
+
+
+def _place(key: str, names: list[str], name: str, where: str) -> int:
+    if name not in names:
+        raise ExperimentError(f"{where}: {key}: none is called {name!r}; there: {', '.join(names) or 'none at all'}")
+    return names.index(name)
+
+
+STUDY_KEYS = ("targets", "variants", "repeats", "order", "keep_started", "missing", "claims")
+
+
+def _check_study(experiment: Experiment, where: str) -> None:
+    """What types cannot say of the study itself; its runs are checked one by one when they are chosen."""
+    targets = [one.get("name") for one in experiment.targets]
+    for key, names in (("targets", targets), ("variants", [one.name for one in experiment.variants])):
+        for number, name in enumerate(names):
+            if not isinstance(name, str) or not name.strip():
+                raise ExperimentError(f"{where}: {key}[{number}].name: each needs a name, found {name!r}")
+            if names.index(name) < number:
+                raise ExperimentError(f"{where}: {key}: two are called {name!r}; give each a name of its own")
+    for number, claim in enumerate(experiment.claims):
+        for key, end in (("of", claim.of), ("over", claim.over)):
+            if end is None:
+                continue
+            if end.target not in targets:
+                raise ExperimentError(f"{where}: claims[{number}].{key}.target: no target is called {end.target!r}")
+            if end.variant not in ([one.name for one in experiment.variants] or [""]):
+                raise ExperimentError(f"{where}: claims[{number}].{key}.variant: none is called {end.variant!r}")
 
 
 def to_yaml(experiment: Experiment) -> str:

@@ -51,6 +51,10 @@ def add_options(parser: Any) -> None:
         include_in_web_ui=False,
         help="change one key of the experiment, e.g. --set load.users=10; may be given several times",
     )
+    for key in ("target", "variant"):
+        parser.add_argument(
+            f"--{key}", metavar="NAME", include_in_web_ui=False, help=f"which of the experiment's {key}s to take"
+        )
     parser.add_argument(
         "--run-folder",
         metavar="PATH",
@@ -78,8 +82,10 @@ def on_init(environment: Environment, runner: Any, **_: Any) -> None:
     try:
         if options.run_folder is not None:
             refuse_existing(options.run_folder)
-        experiment = load_experiment(Path(options.experiment), options.overrides)
-        one_run_only(experiment.load)
+        experiment = load_experiment(
+            Path(options.experiment), options.overrides, target=options.target, variant=options.variant
+        )
+        one_run_only(experiment)
         settings = apply_options(experiment, options)
         in_window(load_workload(settings), settings.load)  # so that what cannot be sent is told at once
         make_endpoint(settings.target, settings.timeouts)

@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from twoclocks.errors import ExperimentError
-from twoclocks.experiment import LevelRange, Load, Search, Sweep
+from twoclocks.experiment import Experiment, LevelRange, Search, Sweep, is_study
 
 Judgement = Literal["pass", "fail", "undecided"]
 Z = 1.96
@@ -61,8 +61,15 @@ class Found(msgspec.Struct, frozen=True):
     why: str
 
 
-def one_run_only(load: Load) -> None:
-    """Raises ExperimentError for a shape that is several runs, which Locust alone cannot make."""
+def one_run_only(experiment: Experiment) -> None:
+    """Raises ExperimentError for what is several runs, which Locust alone cannot make."""
+    load = experiment.load
+    if is_study(experiment):
+        names = ", ".join(str(one["name"]) for one in experiment.targets)
+        raise ExperimentError(
+            "targets, variants, repeats: are a run for each; start it with: twoclocks run EXPERIMENT.yaml"
+            + (f", or choose one with --target NAME (there: {names})" if names else "")
+        )
     if load.shape in ("sweep", "search"):
         raise ExperimentError(
             f"load.shape {load.shape}: is a run for each level; start it with: twoclocks run EXPERIMENT.yaml"
