@@ -13,10 +13,11 @@ from make_run import make_run, record, write_folder
 
 from twoclocks import cli
 from twoclocks.calibrate import known_schedule
+from twoclocks.child import BUNDLED, INTERRUPTED, Child
 from twoclocks.errors import TwoclocksError
 from twoclocks.experiment import load_experiment
 from twoclocks.levels import sweep_levels
-from twoclocks.run_levels import BUNDLED, INTERRUPTED, Child, LevelRuns, read_levels
+from twoclocks.run_levels import LevelRuns, read_levels
 
 ALONE = ["collect.gpu=none", "collect.otlp_port=none", "collect.otlp_grpc_port=none"]
 

@@ -29,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from twoclocks import run_levels
+    from twoclocks import run
 
-    return run_levels.run(options, _progress)
+    return run.run(options, _progress)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -114,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("experiment", metavar="EXPERIMENT", nargs="?", type=Path, help="default: configs/default.yaml")
     run.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one of its keys")
+    run.add_argument("--target", metavar="NAME", help="of a study: this target alone")
+    run.add_argument("--variant", metavar="NAME", help="of a study: this variant alone")
     run.add_argument("--url", help="of the server, in place of target.url")
     run.add_argument("--users", type=int, help="in place of load.users")
     run.add_argument("--processes", metavar="N", type=int, default=1, help="Locust workers (default: 1, no workers)")

@@ -1,37 +1,26 @@
-"""`twoclocks run`: Locust as a child process, once, or once for each level of a sweep or a search.
+"""A sweep or a search: Locust as a child process, once for each level.
 
 A level is a run like any other, with a folder of its own; `sweep.json` beside them says which there are. What a level
 showed is read from its folder, so that a sweep or search that was broken off goes on where it was.
 """
 
-import contextlib
-import os
-import signal
-import sys
-import threading
 import time
-from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 import msgspec
 
-from twoclocks import __version__, keeper
+from twoclocks import __version__
+from twoclocks.child import INTERRUPTED, Child, Progress, outcome, put_aside, refuse_another, save_json
 from twoclocks.endpoint import request_headers, tls_context
-from twoclocks.errors import RunFolderError, TwoclocksError
-from twoclocks.experiment import Experiment, Target, load_experiment, masked_word, to_yaml
+from twoclocks.errors import RunFolderError
+from twoclocks.experiment import Experiment, Target, masked_word
 from twoclocks.levels import RULE, Evidence, Found, Next, Probe, judge, next_probe, sweep_levels
-from twoclocks.run_folder import make_folder, refuse_existing
+from twoclocks.run_folder import make_folder
 from twoclocks.target import base_url
 
-ROOT = Path(__file__).resolve().parent.parent
-BUNDLED = Path(__file__).parent / "templates" / "load_test.py"
 SWEEP_FILE = "sweep.json"
-INTERRUPTED = 130
-
-Progress = Callable[[str], None]
 
 
 class Level(msgspec.Struct, kw_only=True):
@@ -67,95 +56,6 @@ class Levels(msgspec.Struct, kw_only=True):
     probes: list[Probe] = []  # of a search: its judgements
     found: Found | None = None
     rule: str = ""
-
-
-@dataclass
-class Child:
-    """Passes the signals of this process on to the one that runs; a terminal's Ctrl-C reaches that by no other way."""
-
-    pid: int | None = None
-    stopped: threading.Event = field(default_factory=threading.Event)
-
-    def on_signal(self, number: int, _frame: object) -> None:
-        self.stopped.set()
-        if self.pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
-
-    def run(self, argv: Sequence[str | Path]) -> int:
-        """Run to its end; its exit code."""
-        kept = keeper.start(argv)
-        self.pid = kept.pid
-        if self.stopped.is_set():  # between two children
-            os.kill(kept.pid, signal.SIGINT)
-        try:
-            return kept.keeper.wait()
-        finally:
-            self.pid = None
-            kept.stop()
-
-
-@contextlib.contextmanager
-def passing_signals_on() -> Iterator[Child]:
-    """While this lasts, SIGINT and SIGTERM go to the child."""
-    child = Child()
-    before = {number: signal.signal(number, child.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield child
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def run(options: Namespace, progress: Progress) -> int:
-    """What the command line of `twoclocks run` asks for; its exit code. Raises TwoclocksError."""
-    if options.resume and options.run_folder:
-        raise TwoclocksError(f"--run-folder: the folder is that of --resume {options.resume}; leave one of them out")
-    if options.run_folder:
-        refuse_existing(options.run_folder)
-    stored = read_levels(options.resume) if options.resume else None
-    path = options.experiment or (Path(stored.experiment_file) if stored else default_experiment())
-    overrides = list(options.set) or (stored.overrides if stored else [])
-    overrides += [f"target.url={options.url}"] if options.url else []
-    overrides += [f"load.users={options.users}"] if options.users else []
-    if any(word.endswith("=***") for word in overrides):  # masked in sweep.json
-        raise TwoclocksError(f"--resume {options.resume}: was begun with a secret in --set; give the same --set again")
-    experiment = load_experiment(path, overrides)
-    locust = locust_command(path, overrides, options.processes)
-    if experiment.load.shape not in ("sweep", "search"):
-        if options.resume:
-            raise TwoclocksError(f"--resume: {path} is a single run, which cannot go on; leave --resume out")
-        locust += ["--run-folder", options.run_folder] if options.run_folder else []
-        locust += ["--no-report"] if options.no_report else []
-        with passing_signals_on() as child:
-            return child.run(locust)
-    plan = (
-        LevelRuns.resumed(options.resume, stored, experiment)
-        if stored
-        else LevelRuns.begun(experiment, path, overrides, options.run_folder)
-    )
-    with passing_signals_on() as child:
-        plan.run(child, locust, progress)
-        progress(f"{plan.levels.kind} ended: {plan.folder}")
-        code = plan.exit_code()
-        if options.no_report:
-            return code
-        reported = child.run([sys.executable, "-m", "twoclocks", "report", plan.folder])
-    return code or reported
-
-
-def default_experiment() -> Path:
-    """configs/default.yaml where there is one; else an empty file, whose keys have their defaults."""
-    path = ROOT / "configs" / "default.yaml"
-    return path if path.exists() else Path(os.devnull)
-
-
-def locust_command(path: Path, overrides: Sequence[str], processes: int) -> list[str | Path]:
-    """Locust, headless, on the locustfile beside the package, in the current folder, or inside the package."""
-    found = [file for file in (ROOT / "load_test.py", Path("load_test.py"), BUNDLED) if file.exists()]
-    argv: list[str | Path] = [sys.executable, "-m", "locust", "-f", found[0], "--experiment", path]
-    argv += ["--headless", "--only-summary"] + (["--processes", str(processes)] if processes > 1 else [])
-    return argv + [word for override in overrides for word in ("--set", override)]
 
 
 def read_levels(folder: Path) -> Levels:
@@ -197,14 +97,7 @@ class LevelRuns:
     @classmethod
     def resumed(cls, folder: Path, stored: Levels, experiment: Experiment) -> "LevelRuns":
         """Where it was broken off. Raises TwoclocksError if the experiment is another one."""
-        try:
-            same = (folder / "experiment.yaml").read_text(encoding="utf-8") == to_yaml(experiment)
-        except OSError as error:
-            raise RunFolderError(f"{folder / 'experiment.yaml'}: cannot be read: {error.strerror}") from None
-        if not same:
-            raise TwoclocksError(
-                f"--resume {folder}: was begun with another experiment; give the same file and --set as then"
-            )
+        refuse_another(folder, experiment)
         return cls(folder, experiment, stored)
 
     def run(self, child: Child, locust: Sequence[str | Path], progress: Progress) -> None:
@@ -275,10 +168,10 @@ class LevelRuns:
                 self.progress(f"{plan.reset}: {level.reset}; the level is run nevertheless")
         self.save()
         folder = self.folder / level.folder
-        _put_aside(folder)
+        put_aside(folder)
         level.exit_code = self.child.run([*self.locust, "--no-report", "--run-folder", folder, *self.settings(level)])
         level.ended_at_unix = time.time()
-        level.status, level.error = self.outcome(folder)
+        level.status, level.error = outcome(folder, stopped=self.child.stopped.is_set())
         if level.error:
             self.progress(f"level {level.folder}: {level.error}")
         self.save()
@@ -294,27 +187,9 @@ class LevelRuns:
         settings.append(f"name={level.folder}")
         return [word for setting in settings for word in ("--set", setting)]
 
-    def outcome(self, folder: Path) -> tuple[str, str | None]:
-        """What became of the run in this folder: (status of the level, why it is not finished)."""
-        if not folder.exists():
-            return "failed", "the run could not begin; see above"
-        try:
-            status = msgspec.json.decode((folder / "run.json").read_bytes())["status"]
-        except (OSError, msgspec.MsgspecError, KeyError, TypeError):
-            return "failed", "run.json cannot be read"
-        if status == "finished":
-            return "finished", None
-        return ("interrupted" if self.child.stopped.is_set() else "failed"), f"the run is {status}"
-
     def save(self) -> None:
         """Replace sweep.json. Raises RunFolderError."""
-        path = self.folder / SWEEP_FILE
-        new = path.with_name(SWEEP_FILE + ".new")
-        try:
-            new.write_bytes(msgspec.json.format(msgspec.json.encode(self.levels), indent=1) + b"\n")
-            new.replace(path)
-        except OSError as error:
-            raise RunFolderError(f"{path}: cannot be written: {error.strerror}") from None
+        save_json(self.folder / SWEEP_FILE, self.levels)
 
     def exit_code(self) -> int:
         """0; 1: the SLO is not met at the lowest value; of a level that could not be run its own code, or 1."""
@@ -357,13 +232,3 @@ def reset_server(target: Target, path: str) -> str:
     except httpx.HTTPError as error:
         return f"no answer ({type(error).__name__})"
     return "done" if response.is_success else f"status {response.status_code}"
-
-
-def _put_aside(folder: Path) -> None:
-    """Keep what an earlier, broken run left where a new one is to stand."""
-    number = 1
-    while folder.exists():
-        aside = folder.with_name(f"{folder.name}-broken-{number}")
-        if not aside.exists():
-            folder.rename(aside)
-        number += 1

@@ -1,0 +1,104 @@
+"""`twoclocks run`: one run, the levels of a sweep or a search, or the cells of a study."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from twoclocks.child import Child, Progress, default_experiment, passing_signals_on, run_command
+from twoclocks.errors import TwoclocksError
+from twoclocks.experiment import Experiment, is_study, load_experiment
+from twoclocks.run_folder import refuse_existing
+from twoclocks.run_levels import SWEEP_FILE, LevelRuns, Levels, read_levels
+from twoclocks.run_study import StudyRuns
+from twoclocks.study import STUDY_FILE, Study, read_study
+
+
+def run(options: Namespace, progress: Progress) -> int:
+    """What the command line asks for; its exit code. Raises TwoclocksError."""
+    if options.resume and options.run_folder:
+        raise TwoclocksError(f"--run-folder: the folder is that of --resume {options.resume}; leave one of them out")
+    if options.run_folder:
+        refuse_existing(options.run_folder)
+    stored = _stored(options.resume) if options.resume else None
+    path = options.experiment or (Path(stored.experiment_file) if stored else default_experiment())
+    overrides = list(options.set) or (stored.overrides if stored else [])
+    overrides += [f"target.url={options.url}"] if options.url else []
+    overrides += [f"load.users={options.users}"] if options.users else []
+    if any(word.endswith("=***") for word in overrides):  # masked in what is stored
+        raise TwoclocksError(f"--resume {options.resume}: was begun with a secret in --set; give the same --set again")
+    experiment = load_experiment(path, overrides, target=options.target, variant=options.variant)
+    with passing_signals_on() as child:
+        if is_study(experiment):
+            return _study(options, experiment, path, overrides, stored, child, progress)
+        if experiment.load.shape in ("sweep", "search"):
+            return _levels(options, experiment, path, overrides, stored, child, progress)
+        if options.resume:
+            raise TwoclocksError(f"--resume: {path} is a single run, which cannot go on; leave --resume out")
+        return child.run(
+            [
+                *_command(options, path, overrides),
+                *(["--run-folder", options.run_folder] if options.run_folder else []),
+                *(["--no-report"] if options.no_report else []),
+            ]
+        )
+
+
+def _stored(folder: Path) -> Study | Levels:
+    """What is to be gone on with. Raises RunFolderError."""
+    if (folder / STUDY_FILE).exists() and not (folder / SWEEP_FILE).exists():
+        return read_study(folder)
+    return read_levels(folder)
+
+
+def _command(options: Namespace, path: Path, overrides: list[str]) -> list[str | Path]:
+    return run_command(path, overrides, target=options.target, variant=options.variant, processes=options.processes)
+
+
+def _levels(
+    options: Namespace,
+    experiment: Experiment,
+    path: Path,
+    overrides: list[str],
+    stored: Study | Levels | None,
+    child: Child,
+    progress: Progress,
+) -> int:
+    if isinstance(stored, Study):
+        raise TwoclocksError(f"--resume {options.resume}: is a study; leave --target and --variant out")
+    plan = (
+        LevelRuns.resumed(options.resume, stored, experiment)
+        if stored
+        else LevelRuns.begun(experiment, path, overrides, options.run_folder)
+    )
+    plan.run(child, _command(options, path, overrides), progress)
+    progress(f"{plan.levels.kind} ended: {plan.folder}")
+    return _reported(options, plan.folder, child, plan.exit_code())
+
+
+def _study(
+    options: Namespace,
+    experiment: Experiment,
+    path: Path,
+    overrides: list[str],
+    stored: Study | Levels | None,
+    child: Child,
+    progress: Progress,
+) -> int:
+    if isinstance(stored, Levels):
+        raise TwoclocksError(f"--resume {options.resume}: is no study; give the experiment that it was begun with")
+    plan = (
+        StudyRuns.resumed(options.resume, stored, experiment, path, overrides)
+        if stored
+        else StudyRuns.begun(experiment, path, overrides, options.run_folder)
+    )
+    code = plan.run(child, options.processes, progress)
+    progress(f"study ended: {plan.folder}")
+    return _reported(options, plan.folder, child, code)
+
+
+def _reported(options: Namespace, folder: Path, child: Child, code: int) -> int:
+    """Build the report, unless it is left for later; the exit code of all."""
+    if options.no_report:
+        return code
+    reported = child.run([sys.executable, "-m", "twoclocks", "report", folder])
+    return code or reported

@@ -1,0 +1,159 @@
+"""`twoclocks run` of a study: its servers started, its cells run one after the other, study.json kept up to date.
+
+A cell that has come to its end is not run again by --resume. Which cells there are stands in study.py.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from twoclocks import __version__
+from twoclocks.child import (
+    INTERRUPTED,
+    Child,
+    Progress,
+    outcome,
+    put_aside,
+    refuse_another,
+    run_command,
+    save_json,
+)
+from twoclocks.errors import ExperimentError, TargetError
+from twoclocks.experiment import Experiment, load_experiment, masked_word
+from twoclocks.run_folder import make_folder
+from twoclocks.run_levels import LevelRuns
+from twoclocks.study import STUDY_FILE, Cell, Skipped, Study, cells
+from twoclocks.target import resolve
+
+
+class StudyRuns:
+    """A study while it is run: its folder, its file, its servers, and the cells that it has."""
+
+    def __init__(
+        self,
+        folder: Path,
+        experiment: Experiment,
+        path: Path,
+        overrides: Sequence[str],
+        study: Study,
+    ) -> None:
+        self.folder, self.experiment, self.path, self.overrides, self.study = folder, experiment, path, overrides, study
+
+    @classmethod
+    def begun(
+        cls, experiment: Experiment, path: Path, overrides: Sequence[str], folder: Path | None = None
+    ) -> "StudyRuns":
+        """In a new folder. Raises TwoclocksError for what no cell could be run with, before anything is made."""
+        study = Study(
+            name=experiment.name,
+            twoclocks_version=__version__,
+            experiment_file=str(path),
+            overrides=[masked_word(word) for word in overrides],
+            order=experiment.order,
+            repeats=experiment.repeats,
+            targets=[str(one["name"]) for one in experiment.targets],
+            variants=[one.name for one in experiment.variants],
+            started_at_unix=time.time(),
+        )
+        runs = runs_of(experiment, path, overrides)
+        study.skipped = missing_targets(experiment, runs)
+        absent = {one.target for one in study.skipped}
+        study.cells = [cell for cell in cells(experiment) if cell.target not in absent]
+        if not study.cells:
+            raise TargetError(f"{path}: none of its targets can be had; the first: {study.skipped[0].why}")
+        return cls(make_folder(experiment, folder), experiment, path, overrides, study)
+
+    @classmethod
+    def resumed(
+        cls, folder: Path, stored: Study, experiment: Experiment, path: Path, overrides: Sequence[str]
+    ) -> "StudyRuns":
+        """Where it was broken off. Raises TwoclocksError if the experiment is another one."""
+        refuse_another(folder, experiment)
+        runs_of(experiment, path, overrides)
+        return cls(folder, experiment, path, overrides, stored)
+
+    def run(self, child: Child, processes: int, progress: Progress) -> int:
+        """All cells that have not come to their end; the exit code."""
+        study = self.study
+        study.status = "running"
+        for one in study.skipped:
+            progress(f"{one.target} is left out: {one.why}")
+        for cell in study.cells:
+            if child.stopped.is_set():
+                break
+            if cell.status == "finished":
+                continue
+            progress(f"run {cell.number} of {len(study.cells)}: {in_words(cell)}")
+            self.cell(child, cell, processes, progress)
+            self.save()
+        complete = all(cell.status == "finished" for cell in study.cells)
+        study.status = "interrupted" if child.stopped.is_set() else "finished" if complete else "failed"
+        study.ended_at_unix = time.time()
+        self.save()
+        if study.status == "interrupted":
+            return INTERRUPTED
+        return next((cell.exit_code or 1 for cell in study.cells if cell.status != "finished"), 0)
+
+    def experiment_of(self, cell: Cell, settings: Sequence[str] = ()) -> Experiment:
+        """The experiment of a cell, with further settings."""
+        return load_experiment(
+            self.path, [*self.overrides, *settings], target=cell.target or None, variant=cell.variant or None
+        )
+
+    def cell(self, child: Child, cell: Cell, processes: int, progress: Progress) -> None:
+        """Run one, into its folder; what an earlier attempt left there is put aside."""
+        place = self.folder / cell.folder
+        put_aside(place)
+        cell.status, cell.started_at_unix, cell.error = "running", time.time(), None
+        self.save()
+        name = " ".join(name for name in (cell.target, cell.variant) if name)
+        overrides = [*self.overrides, *([f"name={name}"] if name else [])]
+        command = run_command(
+            self.path, overrides, target=cell.target or None, variant=cell.variant or None, processes=processes
+        )
+        experiment = self.experiment_of(cell, overrides)
+        if experiment.load.shape in ("sweep", "search"):
+            levels = LevelRuns.begun(experiment, self.path, overrides, place)
+            levels.run(child, command, progress)
+            cell.exit_code = levels.exit_code()
+        else:
+            cell.exit_code = child.run([*command, "--no-report", "--run-folder", place])
+        cell.ended_at_unix = time.time()
+        cell.status, cell.error = outcome(place, stopped=child.stopped.is_set())
+
+    def save(self) -> None:
+        """Replace study.json. Raises RunFolderError."""
+        save_json(self.folder / STUDY_FILE, self.study)
+
+
+def runs_of(experiment: Experiment, path: Path, overrides: Sequence[str]) -> dict[tuple[str, str], Experiment]:
+    """The experiment of each target and variant. Raises ExperimentError for the first that cannot be used."""
+    targets = [str(one["name"]) for one in experiment.targets] or [""]
+    variants = [one.name for one in experiment.variants] or [""]
+    return {
+        (target, variant): load_experiment(path, overrides, target=target or None, variant=variant or None)
+        for target in targets
+        for variant in variants
+    }
+
+
+def missing_targets(experiment: Experiment, runs: dict[tuple[str, str], Experiment]) -> list[Skipped]:
+    """Targets that cannot be had, if `missing: skip` lets a study go on without them; else the first one's TargetError.
+
+    A server is asked for its model before the first run.
+    """
+    skipped = []
+    for target in dict.fromkeys(name for name, _ in runs):
+        settings = next(run.target for (name, _), run in runs.items() if name == target)
+        try:
+            resolve(settings)
+        except (TargetError, ExperimentError) as error:
+            if experiment.missing == "stop":
+                raise type(error)(f"target {target}: {error}" if target else str(error)) from None
+            skipped.append(Skipped(target, str(error)))
+    return skipped
+
+
+def in_words(cell: Cell) -> str:
+    """A cell, as a person calls it."""
+    return ", ".join([*(name for name in (cell.target, cell.variant) if name), f"repeat {cell.repeat}"])
