@@ -63,6 +63,13 @@ def add_options(parser: Any) -> None:
         help="folder of this run, which must not exist yet (default: a new one below the experiment's output)",
     )
     parser.add_argument(
+        "--started",
+        metavar="FILE",
+        type=Path,
+        include_in_web_ui=False,
+        help="what `twoclocks run` knows of the server that it has started, for run.json",
+    )
+    parser.add_argument(
         "--no-report",
         action="store_true",
         include_in_web_ui=False,

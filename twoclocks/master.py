@@ -144,7 +144,8 @@ class MasterSide:
                 "api": target.api,
                 "model": self.model,
                 "server_version": version,
-            },
+            }
+            | _started(self.options.started),
             workers=1,
         )
         log.info("run folder: %s", self.folder.path)
@@ -513,6 +514,16 @@ def apply_options(experiment: Experiment, options: Namespace) -> Experiment:
     for key, value in changes.items():
         experiment = experiments.replace(experiment, key, value)
     return experiment
+
+
+def _started(facts: Path | None) -> dict[str, Any]:
+    """What is known of a server that was started for this run. Raises TwoclocksError."""
+    if facts is None:
+        return {}
+    try:
+        return {"started": msgspec.json.decode(facts.read_bytes())}
+    except (OSError, msgspec.MsgspecError) as error:
+        raise TwoclocksError(f"--started {facts}: cannot be read: {' '.join(str(error).split())}") from None
 
 
 def _differences(before: Experiment, after: Experiment) -> dict[str, Any]:

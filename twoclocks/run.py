@@ -7,9 +7,10 @@ from pathlib import Path
 from twoclocks.child import Child, Progress, default_experiment, passing_signals_on, run_command
 from twoclocks.errors import TwoclocksError
 from twoclocks.experiment import Experiment, is_study, load_experiment
-from twoclocks.run_folder import refuse_existing
+from twoclocks.run_folder import free_folder, refuse_existing
 from twoclocks.run_levels import SWEEP_FILE, LevelRuns, Levels, read_levels
 from twoclocks.run_study import StudyRuns
+from twoclocks.start import Plan, check, served
 from twoclocks.study import STUDY_FILE, Study, read_study
 
 
@@ -27,20 +28,21 @@ def run(options: Namespace, progress: Progress) -> int:
     if any(word.endswith("=***") for word in overrides):  # masked in what is stored
         raise TwoclocksError(f"--resume {options.resume}: was begun with a secret in --set; give the same --set again")
     experiment = load_experiment(path, overrides, target=options.target, variant=options.variant)
+    if options.url and experiment.target.start is not None:
+        raise TwoclocksError(
+            "--url: target.start starts a server of its own; leave --url out, or --set target.start=null"
+        )
+    server = None  # checked while Ctrl-C still ends this process at once
+    if experiment.target.start is not None and not is_study(experiment):
+        server = check(experiment.target.start)
     with passing_signals_on() as child:
         if is_study(experiment):
             return _study(options, experiment, path, overrides, stored, child, progress)
         if experiment.load.shape in ("sweep", "search"):
-            return _levels(options, experiment, path, overrides, stored, child, progress)
+            return _levels(options, experiment, path, overrides, stored, child, progress, server)
         if options.resume:
             raise TwoclocksError(f"--resume: {path} is a single run, which cannot go on; leave --resume out")
-        return child.run(
-            [
-                *_command(options, path, overrides),
-                *(["--run-folder", options.run_folder] if options.run_folder else []),
-                *(["--no-report"] if options.no_report else []),
-            ]
-        )
+        return _single(options, experiment, path, overrides, child, progress, server)
 
 
 def _stored(folder: Path) -> Study | Levels:
@@ -54,6 +56,23 @@ def _command(options: Namespace, path: Path, overrides: list[str]) -> list[str |
     return run_command(path, overrides, target=options.target, variant=options.variant, processes=options.processes)
 
 
+def _single(
+    options: Namespace,
+    experiment: Experiment,
+    path: Path,
+    overrides: list[str],
+    child: Child,
+    progress: Progress,
+    server: Plan | None,
+) -> int:
+    folder = options.run_folder or (free_folder(experiment) if server else None)  # the server's log stands beside it
+    command = _command(options, path, overrides)
+    command += ["--run-folder", folder] if folder else []
+    command += ["--no-report"] if options.no_report else []
+    with served(experiment, Path(f"{folder}.server.log"), progress, plan=server, stopped=child.stopped) as (_, more):
+        return child.run([*command, *more])
+
+
 def _levels(
     options: Namespace,
     experiment: Experiment,
@@ -62,6 +81,7 @@ def _levels(
     stored: Study | Levels | None,
     child: Child,
     progress: Progress,
+    server: Plan | None,
 ) -> int:
     if isinstance(stored, Study):
         raise TwoclocksError(f"--resume {options.resume}: is a study; leave --target and --variant out")
@@ -70,7 +90,10 @@ def _levels(
         if stored
         else LevelRuns.begun(experiment, path, overrides, options.run_folder)
     )
-    plan.run(child, _command(options, path, overrides), progress)
+    log = plan.folder / f"server-{1 + len(list(plan.folder.glob('server-*.log')))}.log"  # --resume starts another one
+    with served(experiment, log, progress, plan=server, stopped=child.stopped) as (there, more):
+        plan.experiment = there
+        plan.run(child, [*_command(options, path, overrides), *more], progress)
     progress(f"{plan.levels.kind} ended: {plan.folder}")
     return _reported(options, plan.folder, child, plan.exit_code())
 

@@ -69,10 +69,7 @@ def make_folder(experiment: Experiment, path: Path | None = None, now: datetime 
 
     Raises RunFolderError, also if there is something at ``path``.
     """
-    stamp = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")  # a name people read: local time
-    first = f"{stamp}-" + re.sub(r"[^\w.-]+", "-", experiment.name)[:80]
-    names = [first, *(f"{first}-{attempt}" for attempt in range(2, 101))]
-    for folder in [path] if path is not None else [Path(experiment.output, name) for name in names]:
+    for folder in [path] if path is not None else _folders(experiment, now):
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
@@ -90,6 +87,20 @@ def make_folder(experiment: Experiment, path: Path | None = None, now: datetime 
     if path is not None:
         refuse_existing(path)
     raise RunFolderError(f"{experiment.output}: holds a hundred runs of this second; wait a moment")
+
+
+def free_folder(experiment: Experiment) -> Path:
+    """Where make_folder would make one now, for who has to know before. Raises RunFolderError."""
+    for folder in _folders(experiment):
+        if not os.path.lexists(folder):
+            return folder
+    raise RunFolderError(f"{experiment.output}: holds a hundred runs of this second; wait a moment")
+
+
+def _folders(experiment: Experiment, now: datetime | None = None) -> list[Path]:
+    stamp = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")  # a name people read: local time
+    first = f"{stamp}-" + re.sub(r"[^\w.-]+", "-", experiment.name)[:80]
+    return [Path(experiment.output, name) for name in (first, *(f"{first}-{number}" for number in range(2, 101)))]
 
 
 def refuse_existing(path: Path) -> None:

@@ -37,9 +37,10 @@ def _version(client: httpx.Client, target: Target) -> str | None:
     try:
         response = client.get("/version")
     except httpx.HTTPError as error:
-        raise TargetError(
-            f"{target.url}: not reachable ({_reason(error)}); start the server, or name another with -H http://HOST:PORT"
-        ) from None
+        how = "start the server, or name another with -H http://HOST:PORT"
+        if target.start is not None:
+            how = "`twoclocks run` starts the server of target.start, Locust by itself does not"
+        raise TargetError(f"{target.url}: not reachable ({_reason(error)}); {how}") from None
     try:
         version = msgspec.json.decode(response.content, type=dict[str, object]).get("version")
     except (msgspec.MsgspecError, RecursionError):
