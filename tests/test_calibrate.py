@@ -51,6 +51,7 @@ def make_log(requests, *, chunk_tokens=1):
         request_id=[request_id for request_id, *_ in requests],
         arrived_ns=np.array([round(arrived * MS) for _, arrived, *_ in requests], dtype=np.int64),
         role_ns=np.zeros(len(requests), dtype=np.int64),
+        cut_ns=np.zeros(len(requests), dtype=np.int64),
         tokens=np.array([tokens for _, _, tokens, _ in requests], dtype=np.int64),
         writes=np.array([len(sent) for *_, sent in requests], dtype=np.int64),
         events=np.array([events for events, _ in writes], dtype=np.int32),

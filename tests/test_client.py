@@ -223,6 +223,55 @@ def test_total_timeout_ends_a_server_of_one_byte_at_a_time():
     assert (record.status, record.error_kind) == ("timeout", "total_timeout")
 
 
+def leaving(server, **times):
+    connection = connect(make_endpoint(Target(url=server.url), PATIENT))
+    plan = Plan("0" * 32, Prompt("p", {}), b"{}", **times)
+    record = send(connection, plan, Origin(0), "measure")
+    closed = connection.sock is None
+    connection.close()
+    return record, closed
+
+
+@pytest.mark.parametrize(
+    ("steps", "times", "kind", "chunks"),
+    [
+        ([HEAD, *map(chunked, words(3)), HANG], {"hang_up_s": 0.3}, "hung_up", [("content", 3)]),
+        ([HEAD, *map(chunked, words(3)), HANG], {"hang_up_s": 0.3, "patience_s": 0.2}, "hung_up", [("content", 3)]),
+        ([HEAD, chunked(ROLE), HANG], {"patience_s": 0.3}, "gave_up", [("role", 1)]),
+        ([HANG], {"patience_s": 0.3, "hang_up_s": 9}, "gave_up", []),
+        ([HANG], {"patience_s": 9, "hang_up_s": 0.3}, "hung_up", []),
+    ],
+)
+def test_a_user_who_leaves_closes_the_connection_at_the_time(steps, times, kind, chunks):
+    with FakeServer(lambda body: steps) as server:
+        record, closed = leaving(server, **times)
+
+    assert (record.status, record.error_kind, record.chunk_kinds) == ("cancelled", kind, chunks)
+    assert record.ended_at - record.sent_at >= 0.3
+    assert closed
+
+
+def test_a_user_who_leaves_after_the_end_or_after_an_error_has_changed_nothing():
+    whole = [HEAD, *map(chunked, words(2)), chunked(FINISH), HANG]
+    refused = [b"HTTP/1.1 503 X\r\ncontent-length: 9\r\n\r\nbusy", HANG]
+    for steps, expected in ((whole, ("ok", None)), (refused, ("error", "http_503"))):
+        with FakeServer(lambda body, steps=steps: steps) as server:
+            record, closed = leaving(server, hang_up_s=0.3)
+
+        assert closed
+        assert (record.status, record.error_kind) == expected
+
+
+def test_nobody_leaves_during_the_warm_up():
+    with FakeServer(lambda body: plain_answer(3, gap_s=0.1)) as server:
+        plan = Plan("0" * 32, Prompt("p", {}), b"{}", hang_up_s=0.05, patience_s=0.05)
+        connection = connect(make_endpoint(Target(url=server.url), PATIENT))
+        record = send(connection, plan, Origin(0), "warmup")
+        connection.close()
+
+    assert record.status == "ok"
+
+
 def test_refused():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

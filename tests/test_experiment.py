@@ -23,6 +23,22 @@ def test_the_shipped_experiments_load(path):
     assert load_experiment(path).name
 
 
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ("cancel_share: 2", "workload.cancel_share"),
+        ("cancel_after_s: 0", "workload.cancel_after_s"),
+        ("cancel_after_s: [3, 1]", r"expected seconds or \[low, high\], found \[3.0, 1.0\]"),
+        ("cancel_after_s: [3]", r"expected seconds or \[low, high\], found \[3.0\]"),
+        ("cancel_share: 0.1, cancel_after_s: 600", "not before timeouts.total_s = 600; raise that"),
+        ("patience_s: 120", "not before timeouts.first_token_s = 120; raise that"),
+    ],
+)
+def test_users_who_cannot_leave_in_time_are_refused(load, keys, words):
+    with pytest.raises(ExperimentError, match=words):
+        load(f"workload: {{{keys}}}")
+
+
 def test_an_empty_file_is_the_defaults(load):
     assert load("") == Experiment()
 

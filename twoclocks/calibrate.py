@@ -78,6 +78,7 @@ def replayed(experiment: Experiment, replay: Replay, url: str, output: Path) -> 
     target |= {"url": url, "name": "known schedule", "model": "auto", "headers": {}, "tls_verify": True}
     if replay.output_tokens is not None:
         target["extra_body"] = target["extra_body"] | {"max_tokens": replay.output_tokens}
+    raw["workload"] |= {"cancel_share": 0, "patience_s": "none"}  # every stream is to be compared to its end
     load |= _heaviest(experiment.load)
     load["ramp_s"] = min(load["ramp_s"], replay.seconds) if load["shape"] == "ramp" else 0
     load["duration_s"] = load["ramp_s"] + replay.seconds

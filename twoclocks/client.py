@@ -6,6 +6,7 @@ are any; while a stream runs, its bytes are only kept, and they are read for mea
 """
 
 import contextlib
+import math
 import socket
 import ssl
 import time
@@ -21,7 +22,7 @@ from twoclocks.endpoint import Endpoint
 from twoclocks.experiment import Timeouts
 from twoclocks.http1 import ResponseReader
 from twoclocks.proxy import ProxyRefused, open_tunnel
-from twoclocks.record import TOKEN_KINDS, Phase, Record, Status, run_lengths
+from twoclocks.record import GAVE_UP, HUNG_UP, LEFT, STOPPED, TOKEN_KINDS, Phase, Record, Status, run_lengths
 from twoclocks.workload import Plan
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -130,7 +131,7 @@ class Connection:
 
 
 def _cancelled() -> Failure:
-    return Failure("cancelled", "stopped", "cut off when the run stopped")
+    return Failure("cancelled", STOPPED, "cut off when the run stopped")
 
 
 class Exchange:
@@ -156,7 +157,7 @@ class Exchange:
                 connection.open()
                 self.connected_ns = time.monotonic_ns()
             self._write(connection, plan)
-            self._receive(connection)
+            self._receive(connection, plan)
         except Failure as failure:
             self.failure = failure
         except GreenletExit:
@@ -186,15 +187,18 @@ class Exchange:
             raise Failure("timeout", "send_timeout", "the server did not take the request") from None
         self.written_ns = time.monotonic_ns()
 
-    def _receive(self, connection: Connection) -> None:
+    def _receive(self, connection: Connection, plan: Plan) -> None:
         assert connection.sock is not None
         assert self.sent_ns is not None
         timeouts = connection.endpoint.timeouts
+        # of an answer that comes whole, the first token is the last
+        first_token_s = timeouts.first_token_s if connection.endpoint.stream else timeouts.total_s
+        hang_up_s = math.inf if plan.hang_up_s is None else plan.hang_up_s
+        patience_s = math.inf if plan.patience_s is None else plan.patience_s
         received = connection.receive(
             connection.sock,
-            self.sent_ns + round(timeouts.total_s * 1e9),
-            # of an answer that comes whole, the first token is the last
-            self.sent_ns + round((timeouts.first_token_s if connection.endpoint.stream else timeouts.total_s) * 1e9),
+            self.sent_ns + round(min(timeouts.total_s, hang_up_s) * 1e9),
+            self.sent_ns + round(min(first_token_s, patience_s) * 1e9),
             round(timeouts.idle_s * 1e9),
         )
         why = received.why
@@ -209,6 +213,10 @@ class Exchange:
             raise Failure("error", why, received.detail)
         if why == "too_large":
             raise Failure("error", "too_large", f"an answer of more than {MAX_BODY_BYTES} bytes")
+        if why == "total" and hang_up_s < timeouts.total_s:
+            raise Failure("cancelled", HUNG_UP, f"the user hung up {hang_up_s:.3f} s after the send, as was drawn")
+        if why == "first_token" and patience_s < first_token_s:
+            raise Failure("cancelled", GAVE_UP, f"no token within workload.patience_s = {patience_s:g} s")
         if why in ("total", "first_token", "idle"):
             raise self._timeout(timeouts, total=why == "total", token=why == "first_token")
         if why != "complete":
@@ -225,7 +233,12 @@ class Exchange:
 
 
 def send(connection: Connection, plan: Plan, origin: Origin, phase: Phase, intended_ns: int | None = None) -> Record:
-    """Send one request and return its record, whatever happens. A cancelled one means: the caller has to stop."""
+    """Send one request and return its record, whatever happens. Of kind STOPPED it means: the caller has to stop.
+
+    Nobody hangs up on a warm-up.
+    """
+    if phase == "warmup":
+        plan = msgspec.structs.replace(plan, hang_up_s=None, patience_s=None)
     intended_ns = time.monotonic_ns() if intended_ns is None else intended_ns
     exchange = Exchange()
     exchange.run(connection, plan)
@@ -316,7 +329,7 @@ def _failure(exchange: Exchange, stream: Stream, *, streams: bool) -> Failure | 
     """Why the request is not ok, or None. What the server says of an error tells more than how its connection ended."""
     response, failure = exchange.response, exchange.failure
     body = exchange.body.data
-    if failure is not None and failure.status == "cancelled":
+    if failure is not None and failure.kind == STOPPED:
         return failure  # whatever the server had said: the caller has to know that it was told to stop
     if response.status not in (0, 200):
         return Failure("error", f"http_{response.status}", _error_text(body) or f"HTTP status {response.status}")
@@ -325,6 +338,8 @@ def _failure(exchange: Exchange, stream: Stream, *, streams: bool) -> Failure | 
     if failure is not None and failure.kind in ("closed", "reset") and response.status:
         # a connection lost after the finish reason has taken nothing from the answer
         return None if stream.ended else Failure("truncated", failure.kind, failure.message)
+    if failure is not None and failure.kind in LEFT and stream.ended:
+        return None  # the answer was whole before its user left
     if failure is not None:
         return failure
     if streams and not _is_stream(response):

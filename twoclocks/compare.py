@@ -30,6 +30,8 @@ TOTALS = {
     "ok": "Ok",
     "failed": "Failed",
     "cancelled": "Cut off at the end",
+    "hung_up": "Hung up on, as drawn",
+    "gave_up": "Given up for want of a first token",
     "duration": "Test duration",
     "request_throughput": "Requests/s",
     "output_throughput": "Output tokens/s",

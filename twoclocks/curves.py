@@ -174,7 +174,7 @@ def _figures(folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
         "verdict": summary["verdict"]["level"],
         "reasons": [reason["reason"] for reason in summary["verdict"]["reasons"]],
         "requests": said.requests,
-        "failed": figures["failed"]["value"],
+        **{name: figures[name]["value"] for name in ("failed", "hung_up", "gave_up")},
         "not_sent": run.meta.get("not_sent") or 0,
         "kept_up": said.kept_up,
         "achieved": _finite(figures["request_throughput"]["value"]),

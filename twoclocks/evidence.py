@@ -4,11 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from twoclocks import metrics
 from twoclocks.levels import Evidence, keeps_up
 from twoclocks.load import Run, load_run
 from twoclocks.metrics import Floats
-from twoclocks.summary import slo_limits
+from twoclocks.summary import good_requests
 
 
 def evidence(folder: Path) -> Evidence:
@@ -18,11 +17,7 @@ def evidence(folder: Path) -> Evidence:
 
 def evidence_of(run: Run) -> Evidence:
     """The same of a run that has been read."""
-    measured, limits = run.measured, slo_limits(run.experiment)
-    good = metrics.meets_slo(
-        (measured["status"] == "ok").to_numpy(), {name: measured[name].to_numpy() for name in limits}, limits
-    )
-    kept_up = None
+    measured, good, kept_up = run.measured, good_requests(run), None
     if (run.experiment.get("load") or {}).get("shape") == "rate":
         began, ended = measured["intended_at"].to_numpy(), measured["ended_at"].to_numpy()
         kept_up = not run.meta.get("not_sent") and kept_up_with(began, ended, run.window)

@@ -89,6 +89,10 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     seed: int = 1
     max_tokens: Count = 128  # for requests that bring none
     ignore_eos: bool = False
+    # users who leave: the connection is closed, so that the server can stop, and no failure is counted
+    cancel_share: Annotated[float, Meta(ge=0, le=1)] = 0  # of the requests are hung up, drawn by seed
+    cancel_after_s: Positive | list[NotNegative] = 1  # after the send; [low, high]: drawn between them
+    patience_s: Positive | NoneWord = "none"  # a user without a first token by then gives up
 
 
 class LevelRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, rename={"first": "from"}):
@@ -536,6 +540,7 @@ def _check_workload(experiment: Experiment, where: str) -> None:
         raise ExperimentError(
             f"{where}: workload.mix: a trace has an order of its own; use it without load.shape trace"
         )
+    _check_leaving(workload, experiment.timeouts, where)
     names = [mix_name(part) for part in workload.mix]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ExperimentError(f"{where}: workload.mix: two parts are called {repeated[0]!r}; give each a name")
@@ -543,6 +548,25 @@ def _check_workload(experiment: Experiment, where: str) -> None:
     if workload.salt != "none" and replaced:
         raise ExperimentError(
             f"{where}: workload.salt: target.extra_body replaces the prompt ({replaced[0]}), so that none is salted"
+        )
+
+
+def _check_leaving(workload: Workload, timeouts: Timeouts, where: str) -> None:
+    """Of users who hang up or give up: a timeout of ours must not come before them."""
+    after = workload.cancel_after_s
+    # a list, since msgspec 0.22 reads a tuple beside a number with bounds out of wild memory
+    if isinstance(after, list) and (len(after) != 2 or not after[0] <= after[1]):
+        raise ExperimentError(f"{where}: workload.cancel_after_s: expected seconds or [low, high], found {after}")
+    latest = after[1] if isinstance(after, list) else after
+    if workload.cancel_share and latest >= timeouts.total_s:
+        raise ExperimentError(
+            f"{where}: workload.cancel_after_s: {latest:g} s is not before timeouts.total_s = {timeouts.total_s:g}; "
+            "raise that"
+        )
+    if workload.patience_s != "none" and workload.patience_s >= timeouts.first_token_s:
+        raise ExperimentError(
+            f"{where}: workload.patience_s: {workload.patience_s:g} s is not before timeouts.first_token_s = "
+            f"{timeouts.first_token_s:g}; raise that"
         )
 
 

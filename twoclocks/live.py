@@ -26,7 +26,7 @@ from rich.text import Text
 
 from twoclocks.errors import plain
 from twoclocks.experiment import Load
-from twoclocks.record import Kind, token_span_s
+from twoclocks.record import LEFT, Kind, token_span_s
 from twoclocks.server_names import GAUGES
 from twoclocks.shapes import length_s
 
@@ -88,7 +88,7 @@ class Figures:
     """Counts of the whole run, and the newest requests; bounded, however long the run is."""
 
     def __init__(self) -> None:
-        self.ok = self.failed = self.warmup = 0
+        self.ok = self.failed = self.left = self.warmup = 0
         self.last_error: str | None = None
         self.readers: dict[int, str] = {}  # worker -> what it reads with
         self.lag_s: dict[int, float] = {}  # worker -> the latest tick of its last second
@@ -110,6 +110,8 @@ class Figures:
             return
         if ended.status == "ok":
             self.ok += 1
+        elif ended.error_kind in LEFT:
+            self.left += 1
         else:
             self.failed += 1
             self.last_error = ended.error_kind or ended.status
@@ -201,8 +203,11 @@ def lines(title: str, load: Load, moment: Moment, figures: Figures, server: dict
         table.add_row("last 10 s", Text(recent_words(recent)))
     failed = f", {figures.failed:,} failed" if figures.failed else ""
     failed += f" (last: {plain(figures.last_error)[:60]})" if figures.last_error else ""
+    left = f", {figures.left:,} left by their users" if figures.left else ""
     warmup = f", {figures.warmup:,} to warm up" if figures.warmup else ""
-    table.add_row("requests", Text(f"{figures.ok:,} ok{failed}{warmup}", style="yellow" if figures.failed else ""))
+    table.add_row(
+        "requests", Text(f"{figures.ok:,} ok{failed}{left}{warmup}", style="yellow" if figures.failed else "")
+    )
     if server:
         table.add_row("server", Text(server_words(server)))
     if figures.readers:
@@ -224,7 +229,7 @@ def progress(load: Load, moment: Moment, figures: Figures) -> tuple[float, str]:
     left = max(0.0, length - passed)
     if load.requests == "none":
         return by_time, f"{passed:.0f} of {length:g} s, {left:.0f} s left"
-    ended = figures.ok + figures.failed
+    ended = figures.ok + figures.failed + figures.left
     words = f"{ended:,} of {load.requests:,} requests, {passed:.0f} of at most {length:g} s"
     return max(by_time, min(1.0, ended / load.requests)), words
 

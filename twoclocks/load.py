@@ -27,7 +27,7 @@ from twoclocks.join import TEXT_COLUMNS, Joined, join
 from twoclocks.log_files import read_log_files
 from twoclocks.log_series import log_series, placed, zone_of
 from twoclocks.metrics import Chunks, Floats
-from twoclocks.record import TOKEN_KINDS, Kind, Record, read_records
+from twoclocks.record import HUNG_UP, TOKEN_KINDS, Kind, Record, read_records
 from twoclocks.server_logs import log_requests
 from twoclocks.server_requests import read_server_requests
 
@@ -154,6 +154,13 @@ class Run:
     def ok(self) -> pd.DataFrame:
         """The measured requests that ended ok: those whose latencies are summarised."""
         return self.measured[self.measured["status"] == "ok"]
+
+    @property
+    def judged(self) -> pd.DataFrame:
+        """The measured requests that an SLO judges: all but those that were hung up on as drawn, at a time that says
+        nothing of the server.
+        """
+        return self.measured[self.measured["error_kind"] != HUNG_UP]
 
     @property
     def told_by(self) -> list[tuple[str, str]]:

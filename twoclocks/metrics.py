@@ -151,7 +151,8 @@ def request_throughput(ended_at: Floats, window: tuple[float, float]) -> float:
 def meets_slo(ok: Bools, values: dict[str, Floats], limits: dict[str, float]) -> Bools:
     """Good request = ended ok, with each of TTFT, TPOT and E2E within its limit.
 
-    An undefined value (TPOT of a one-token answer) has nothing to miss. Failed and cut-off requests are misses.
+    An undefined value (TPOT of a one-token answer) has nothing to miss. Failed and cut-off requests are misses, and
+    those whose user gave up waiting. Requests that were hung up on as drawn are not to be among them.
     """
     good = ok.copy()
     for name, limit in limits.items():
@@ -160,8 +161,9 @@ def meets_slo(ok: Bools, values: dict[str, Floats], limits: dict[str, float]) ->
 
 
 def goodput(good: Bools, window: tuple[float, float]) -> tuple[float, float]:
-    """Goodput = requests that met every SLO / the measuring window; as a share, of all measured requests,
-    failed and cut-off ones counted as misses.
+    """Goodput = requests that met every SLO / the measuring window; as a share, of all measured requests but those
+    that were hung up on as workload.cancel_share drew; failed and cut-off ones, and those given up for want of
+    patience, counted as misses.
     """
     start, end = window
     met = float(good.sum())

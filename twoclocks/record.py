@@ -21,6 +21,12 @@ TokenSource = Literal["usage", "per-chunk usage", "tokenizer", "chunks"]
 TOKEN_KINDS: tuple[Kind, ...] = ("content", "reasoning", "tool")
 """Kinds of chunk that carry tokens a reader sees. A role-only, empty, finish or usage chunk never counts as a token."""
 
+STOPPED, HUNG_UP, GAVE_UP = "stopped", "hung_up", "gave_up"
+"""error_kind of status cancelled: cut off by the run's end, or left by its user as the workload asks: as drawn by
+workload.cancel_share, or for want of a first token within workload.patience_s."""
+LEFT = (HUNG_UP, GAVE_UP)
+"""Left by their user: no failures of the server, and counted apart everywhere."""
+
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What happened to one request. Seconds on the run's clock unless the name says otherwise; None where unknown."""

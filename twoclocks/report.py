@@ -103,6 +103,7 @@ def page(template: str, **values: Any) -> str:
         shown_labels=terminal.shown_labels,
         both=terminal.both,
         offered=terminal.offered,
+        left_words=terminal.left_words,
         warmup_words=terminal.warmup_words,
         level_headings=terminal.LEVEL_HEADINGS,
         level_row=terminal.level_row,
@@ -155,6 +156,8 @@ def _cards(figures: dict[str, Any]) -> list[dict[str, str]]:
         return {"value": terminal.number(figure.get(key), figure["unit"]), "label": label}
 
     failed = f"{figures['failed']['value']} failed, {figures['cancelled']['value']} cut off"
+    left = figures["hung_up"]["value"] + figures["gave_up"]["value"]
+    failed += f", {left} left by their users" if left else ""
     cards = [
         card("ok", f"requests ok of {figures['requests']['value']} ({failed})"),
         card("ttft", "ms TTFT, median", "p50"),

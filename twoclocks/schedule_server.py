@@ -58,6 +58,7 @@ class Stream:
     before_ns: "array.array[int]" = field(default_factory=lambda: array.array("q"))
     after_ns: "array.array[int]" = field(default_factory=lambda: array.array("q"))
     role_ns: int = 0  # when a role chunk of its own was sent; 0: there was none
+    cut_ns: int = 0  # when the client was seen to have gone before the end; 0: it stayed
     index: int = 0  # of the write that is due next
     rest: bytes = b""  # of a write that the socket took only in part
 
@@ -295,7 +296,8 @@ class ScheduleServer:
         self.epoll.unregister(connection.sock)
         connection.sock.close()  # its stream leaves the heap when its next write fails
         if connection.stream is not None:
-            self._leave(connection.stream, time.monotonic_ns())
+            connection.stream.cut_ns = time.monotonic_ns()
+            self._leave(connection.stream, connection.stream.cut_ns)
 
     def _answer(
         self, connection: Connection, status: int, body: bytes, kind: str = "application/json", *, close: bool = False
@@ -357,6 +359,7 @@ class ScheduleServer:
                 request_id=np.array([stream.request_id for stream in kept], dtype=np.str_),
                 arrived_ns=np.array([stream.arrived_ns for stream in kept], dtype=np.int64),
                 role_ns=np.array([stream.role_ns for stream in kept], dtype=np.int64),
+                cut_ns=np.array([stream.cut_ns for stream in kept], dtype=np.int64),
                 tokens=np.array([stream.tokens for stream in kept], dtype=np.int64),
                 writes=np.array([len(stream.after_ns) for stream in kept], dtype=np.int64),
                 events=np.concatenate(counts) if counts else np.empty(0, np.int32),

@@ -21,7 +21,8 @@ from twoclocks.gpu_summary import DEFINITIONS as GPU_DEFINITIONS
 from twoclocks.gpu_summary import gpu_figures
 from twoclocks.load import LogSeries, Run, stage_names, stage_urls
 from twoclocks.log_series import MEANING
-from twoclocks.metrics import Floats, definition
+from twoclocks.metrics import Bools, Floats, definition
+from twoclocks.record import GAVE_UP, HUNG_UP, LEFT
 from twoclocks.scraped import SAME_TRAFFIC, server_window
 from twoclocks.verdict import verdict
 from twoclocks.waterfall import (
@@ -41,6 +42,9 @@ UNSEEN = "Not seen from outside; part of the client's TTFT. Server: "
 BESIDE = ("ttft", "tpot", "e2e", "tokenize", "validation", "queue", "prefill", "inference", "time_per_token")
 """What is shown of single requests, in this order. Decode is the TPOT's numerator, and left to it."""
 WHOLE_RUN = "(last token chunk - first request sent), the drain in it and the warm-up left out"
+LEFT_OUT = (
+    "their tokens count to the throughput, their latencies to no distribution: who leaves after x s has no TTFT above x"
+)
 SLO_SHARE = 0.99
 """Share of the measured requests that must meet the SLO where an experiment does not say."""
 
@@ -173,13 +177,18 @@ def slo_limits(experiment: Mapping[str, Any]) -> dict[str, float]:
     return {name: slo[f"{name}_ms"] / 1e3 for name in names if isinstance(slo.get(f"{name}_ms"), int | float)}
 
 
+def good_requests(run: Run) -> Bools:
+    """Which of the requests that the SLO judges (Run.judged) met all of its limits."""
+    judged, limits = run.judged, slo_limits(run.experiment)
+    values = {name: judged[name].to_numpy(dtype=np.float64) for name in limits}
+    return metrics.meets_slo((judged["status"] == "ok").to_numpy(), values, limits)
+
+
 def _figures(run: Run) -> dict[str, Any]:
     measured, ok, window, whole = run.measured, run.ok, run.window, _whole(run)
     limits = slo_limits(run.experiment)
-    good = metrics.meets_slo(
-        (measured["status"] == "ok").to_numpy(), {name: measured[name].to_numpy() for name in limits}, limits
-    )
-    rate, share = metrics.goodput(good, window)
+    rate, share = metrics.goodput(good_requests(run), window)
+    kinds = measured["error_kind"]
     ended = measured["ended_at"].to_numpy()[(measured["status"] == "ok").to_numpy()]
     gaps = run.gaps
     e2e, tokens = ok["e2e"].to_numpy(), ok["output_tokens"].to_numpy()
@@ -198,9 +207,21 @@ def _figures(run: Run) -> dict[str, Any]:
             int((~measured["status"].isin(["ok", "cancelled"])).sum()), "requests", "measured requests that failed"
         ),
         "cancelled": one(
-            int((measured["status"] == "cancelled").sum()),
+            int(((measured["status"] == "cancelled") & ~kinds.isin(LEFT)).sum()),
             "requests",
-            "measured requests that this tool itself cut off",
+            "measured requests that this tool itself cut off at the end of the run",
+        ),
+        "hung_up": one(
+            int((kinds == HUNG_UP).sum()),
+            "requests",
+            "measured requests that were hung up on as workload.cancel_share drew; no failures, and not judged by the "
+            f"SLO; {LEFT_OUT}",
+        ),
+        "gave_up": one(
+            int((kinds == GAVE_UP).sum()),
+            "requests",
+            "measured requests without a first token within workload.patience_s, given up by their user; no failures, "
+            f"but misses of the SLO; {LEFT_OUT}",
         ),
         "warmup": one(int((run.requests["phase"] == "warmup").sum()), "requests", "sent before the measuring window"),
         "duration": one(window[1] - window[0], "s", "length of the measuring window"),
@@ -495,13 +516,12 @@ def _output_throughput(run: Run, span: tuple[float, float] | None = None) -> flo
 
 
 def _slo(run: Run) -> dict[str, Any] | None:
-    """Whether enough requests met the SLO: ``slo.share`` of the measured ones must. None without an SLO."""
+    """Whether enough requests met the SLO: ``slo.share`` of those that it judges must. None without an SLO."""
     share = (run.experiment.get("slo") or {}).get("share")
     limits = slo_limits(run.experiment)
     if not limits:
         return None
-    ok = (run.measured["status"] == "ok").to_numpy()
-    good = metrics.meets_slo(ok, {name: run.measured[name].to_numpy(dtype=np.float64) for name in limits}, limits)
+    good = good_requests(run)
     met = float(good.mean()) if len(good) else 0.0
     required = float(share) if isinstance(share, int | float) else SLO_SHARE
     return {"limits": limits, "unit": "s", "required_share": required, "share": met, "met": met >= required}
@@ -540,13 +560,20 @@ def _notes(run: Run) -> list[str]:
     for where in dict.fromkeys(row.get("host") for row in errors):
         of_host = [row for row in errors if row.get("host") == where]
         told.append(f"The GPUs of {where} could not be read {len(of_host)} times, lastly: {of_host[-1]['error']}")
+    gave_up, judged = int((run.judged["error_kind"] == GAVE_UP).sum()), len(run.judged)
+    if gave_up:
+        told.append(
+            f"The users of {gave_up:,} of {judged:,} requests ({gave_up / judged:.1%}) gave up waiting for a first "
+            f"token. TTFT is that of the others; of all, p{100 * (1 - gave_up / judged):.3g} and above lie beyond "
+            "workload.patience_s."
+        )
     if run.log_series:
         told.append(f"Times in the server's log that name no zone were read as {run.log_series[0].zone}.")
     return [str(note) for note in run.meta.get("notes") or []] + told
 
 
 def _errors(measured: pd.DataFrame) -> list[dict[str, Any]]:
-    bad = measured[measured["status"] != "ok"]
+    bad = measured[(measured["status"] != "ok") & ~measured["error_kind"].isin(LEFT)]
     kinds = bad["error_kind"].fillna(bad["status"])
     rows = []
     for (status, kind), group in bad.groupby([bad["status"], kinds]):

@@ -153,6 +153,8 @@ def _totals(summary: dict[str, Any]) -> Table:
     table.add_row(
         "Failed or cut off", Text(": ".join(filter(None, [failed, ", ".join(map(_error, summary["errors"]))])))
     )
+    if words := left_words(figures):
+        table.add_row("Left by their users", words)
     if "due" in figures:
         table.add_row("Due, and not sent", offered(figures))
     table.add_row("Requests/s", both(figures, "request_throughput"))
@@ -175,6 +177,14 @@ def both(figures: dict[str, Any], name: str) -> str:
     """A throughput in the measuring window, and over the whole run."""
     window, run = (number(figures[key]["value"], figures[key]["unit"]) for key in (name, f"{name}_run"))
     return f"{window} in the measuring window; {run} from the first request to the last token"
+
+
+def left_words(figures: dict[str, Any]) -> str:
+    """How many requests their users left; nothing where none did."""
+    hung_up, gave_up = (figures[name]["value"] for name in ("hung_up", "gave_up"))
+    if not hung_up and not gave_up:
+        return ""
+    return f"{hung_up:,} hung up on, as drawn; {gave_up:,} given up for want of a first token"
 
 
 def offered(figures: dict[str, Any]) -> str:

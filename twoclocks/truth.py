@@ -28,6 +28,7 @@ class SentLog:
     request_id: list[str]
     arrived_ns: Ints  # the request's last byte reached the server's kernel
     role_ns: Ints  # a role chunk was sent alone; 0 if there was none
+    cut_ns: Ints  # the client was seen to have gone before the end; 0 if it stayed
     tokens: Ints  # asked for
     writes: Ints  # done; fewer than asked for when the client left
 

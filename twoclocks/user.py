@@ -20,7 +20,7 @@ from twoclocks.endpoint import Endpoint
 from twoclocks.errors import plain
 from twoclocks.experiment import Experiment
 from twoclocks.reader import connect
-from twoclocks.record import Record, encode_record, token_span_s
+from twoclocks.record import LEFT, STOPPED, Record, encode_record, token_span_s
 from twoclocks.workload import Plan
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # a user's pause after a failure, doubled each time, so that it cannot spin
@@ -107,9 +107,9 @@ class StreamingUser(User):
             raise StopUser
         record = send(self.connection, plan, self.origin, "measure")
         sender.ended(self.environment, record)
-        if record.status == "cancelled":
+        if record.error_kind == STOPPED:
             raise GreenletExit  # send() turned the kill into a record; the user still has to go
-        if record.status == "ok":
+        if record.status == "ok" or record.error_kind in LEFT:
             self.pause_s = FIRST_PAUSE_S
         else:
             gevent.sleep(self.pause_s)
@@ -186,12 +186,16 @@ class OpenLoop:
 
 
 def fire_request(environment: Environment, experiment: Experiment, record: Record) -> None:
-    """One event of Locust's own statistics: time from send to the last token, in ms, and the tokens as length."""
+    """One event of Locust's own statistics: time from send to the last token, in ms, and the tokens as length.
+
+    Requests that their user left stand in rows of their own, and are no failures.
+    """
     message = plain(record.error_message or "")[:120]
-    failed = None if record.status == "ok" else RuntimeError(f"{record.error_kind}: {message}")
+    left = record.error_kind in LEFT
+    failed = None if record.status == "ok" or left else RuntimeError(f"{record.error_kind}: {message}")
     environment.events.request.fire(
         request_type="POST",
-        name=f"{record.target} {experiment.target.api}",
+        name=f"{record.target} {experiment.target.api}" + (f", {record.error_kind}" if left else ""),
         response_time=duration_s(record) * 1000,
         response_length=record.output_tokens or 0,
         exception=failed,

@@ -12,6 +12,7 @@ import numpy as np
 
 from twoclocks.load import Run
 from twoclocks.metrics import Floats
+from twoclocks.record import LEFT
 
 
 def vllm_bench(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def vllm_bench(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     date = datetime.datetime.fromtimestamp(started, datetime.UTC).strftime("%Y%m%d-%H%M%S") if started else None
     load = run.experiment.get("load") or {}
     good = summary["figures"].get("goodput_share", {}).get("value")  # there only if the experiment has an SLO
+    left = int(measured["error_kind"].isin(LEFT).sum())
     gaps, rows = run.gaps, measured.index.to_numpy()
     edges = np.searchsorted(gaps.request, [rows, rows + 1])
     result: dict[str, Any] = {
@@ -40,11 +42,11 @@ def vllm_bench(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
         "max_concurrency": load.get("users"),
         "duration": duration,
         "completed": len(ok),
-        "failed": len(measured) - len(ok),
+        "failed": len(measured) - len(ok) - left,
         "total_input_tokens": int(prompt),
         "total_output_tokens": int(output),
         "request_throughput": len(ok) / duration if duration > 0 else None,
-        "request_goodput": None if good is None or not duration > 0 else good * len(measured) / duration,
+        "request_goodput": None if good is None or not duration > 0 else good * len(run.judged) / duration,
         "output_throughput": output / duration if duration > 0 else None,
         "total_token_throughput": (prompt + output) / duration if duration > 0 else None,
         "input_lens": _list(measured["prompt_tokens"].to_numpy()),
@@ -60,6 +62,8 @@ def vllm_bench(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     for name, values in (*((k, v.to_numpy()) for k, v in latencies.items()), ("itl", gaps.seconds)):
         result |= _statistics(name, values)
     result["twoclocks"] = "latencies as defined in summary.json (TTFT: first chunk with a token; ITL: chunk gaps)"
+    if left:
+        result["twoclocks"] += f"; {left} requests that their users left are neither completed nor failed"
     return {
         key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in result.items()
     }

@@ -46,6 +46,8 @@ class Plan(msgspec.Struct, frozen=True):
     prompt: Prompt
     body: bytes
     max_tokens: int | None = None  # that the body allows
+    hang_up_s: float | None = None  # after the send, however far the answer has come
+    patience_s: float | None = None  # after the send, if no token has come
 
 
 def load_prompts(path: Path, api: str) -> list[Prompt]:
@@ -171,6 +173,19 @@ def order_mix(prompts: list[Prompt], workload: Workload) -> Iterator[Prompt]:
         yield next(rng.choices(orders, cum_weights=bounds)[0])
 
 
+def hang_ups(workload: Workload) -> Iterator[float | None]:
+    """Of one request after the other, how long after its send the user hangs up, in seconds; None: not at all.
+
+    The times do not depend on ``workload.cancel_share``: with a greater share the same requests are hung up, and more.
+    """
+    after = workload.cancel_after_s
+    low, high = after if isinstance(after, list) else (after, after)
+    rng = random.Random(f"{workload.seed}/hang-ups")
+    while True:
+        drawn, at = rng.random(), rng.uniform(low, high)
+        yield at if drawn < workload.cancel_share else None
+
+
 def new_salt() -> str:
     """The salt of a run, which its master draws and every worker is told."""
     return secrets.token_hex(SALT_LENGTH // 2)
@@ -226,7 +241,8 @@ def plans(
     placeholder = None if workload.salt == "none" else new_salt()
     bodies: dict[int, tuple[list[bytes], int | None]] = {}  # by identity, since ids of a user's file may repeat
     room = ENCODED_BYTES
-    for prompt in itertools.islice(ordered, share, None, shares):
+    patience_s = None if workload.patience_s == "none" else workload.patience_s
+    for prompt, hang_up_s in itertools.islice(zip(ordered, hang_ups(workload), strict=False), share, None, shares):
         made = bodies.get(id(prompt))
         if made is None:
             made = _encode(prompt, experiment, model, placeholder)
@@ -239,7 +255,7 @@ def plans(
         encoded = own.join(pieces)
         if experiment.target.server == "sglang":  # which reads its id from the body, not from a header
             encoded = b'%b,"rid":"%b"}' % (encoded[:-1], request_id.encode())
-        yield Plan(request_id, prompt, encoded, max_tokens)
+        yield Plan(request_id, prompt, encoded, max_tokens, hang_up_s, patience_s)
 
 
 def _encode(
