@@ -70,7 +70,7 @@ def exchanged(received: Received) -> Exchange:
         connection = Connection(endpoint, lambda *_: received)
         connection.sock, exchange.sent_ns = near, 1
         try:
-            exchange._receive(connection)
+            exchange._receive(connection, Plan("0" * 32, Prompt("p", {}), b"{}"))
         except Failure as failure:
             exchange.failure = failure
     return exchange
