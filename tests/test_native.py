@@ -22,6 +22,7 @@ from twoclocks.endpoint import Endpoint, make_endpoint
 from twoclocks.experiment import Target, Timeouts
 from twoclocks.http1 import ProtocolError, ResponseReader
 from twoclocks.native import as_received
+from twoclocks.workload import Plan, Prompt
 
 SOURCE = Path(__file__).parent.parent / "twoclocks" / "_native.c"
 HARNESS = Path(__file__).parent / "native_harness.c"
