@@ -78,6 +78,12 @@ def test_set_wins_over_target_and_variant(load):
     assert (chosen.load.users, chosen.target.url) == (5, "http://127.0.0.1:9")
 
 
+def test_a_study_made_by_set(load):
+    chosen = load("name: x", "targets=[{name: C, server: tgi}]", "repeats=3", "order=abba", target="C")
+
+    assert (chosen.target.server, chosen.targets, chosen.repeats, chosen.order) == ("tgi", [], 1, "in-turn")
+
+
 def test_variables_in_the_keys_of_a_study(load):
     assert load("repeats: ${N}\ntargets: [{name: A}]").repeats == 3
 

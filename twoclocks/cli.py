@@ -34,6 +34,12 @@ def _run(options: argparse.Namespace) -> int:
     return run.run(options, _progress)
 
 
+def _duel(options: argparse.Namespace) -> int:
+    from twoclocks import duel
+
+    return duel.duel(options, _progress)
+
+
 def _report(options: argparse.Namespace) -> int:
     from twoclocks import log_files, report, terminal
 
@@ -123,6 +129,26 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", metavar="FOLDER", type=Path, help="of a sweep or search: run what it has not run yet")
     run.add_argument("--no-report", action="store_true", help="leave the report to a later `twoclocks report FOLDER`")
     run.set_defaults(command=_run)
+    duel = commands.add_parser(
+        "duel",
+        parents=[common],
+        help="send the same prompts to two servers in turns, and show both answers and times",
+        description="Send the same prompts to two targets in turns (A B, B A, ...) and show both answers, the times of "
+        "each, and their difference by prompt with its interval. Without --a and --b the experiment's two targets.",
+        epilog="Example: twoclocks duel --a transformers=http://127.0.0.1:8001 --b vllm=http://127.0.0.1:8000 --prompt "
+        "'Why is the sky blue?'",
+    )
+    duel.add_argument(
+        "experiment", metavar="EXPERIMENT", nargs="?", type=Path, help="default: configs/same-prompt.yaml"
+    )
+    duel.add_argument("--a", metavar="[SERVER=]URL", help="one server; SERVER: vllm, transformers, tgi, sglang, ...")
+    duel.add_argument("--b", metavar="[SERVER=]URL", help="the other one")
+    duel.add_argument("--prompt", metavar="TEXT", help="in place of the experiment's prompts")
+    duel.add_argument("--repeats", metavar="N", type=int, help="in place of the experiment's")
+    duel.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one of its keys")
+    duel.add_argument("--run-folder", metavar="PATH", type=Path, help="folder of the study, which must not exist yet")
+    duel.add_argument("--no-report", action="store_true", help="leave the report to a later `twoclocks report FOLDER`")
+    duel.set_defaults(command=_duel)
     report = commands.add_parser(
         "report",
         parents=[common],

@@ -265,7 +265,8 @@ def load_experiment(
     if target is not None or variant is not None:
         raw = _chosen(raw, target, variant, environ, str(path))
         for override in overrides:
-            _set(raw, override)
+            if not override.startswith(STUDY_KEYS):
+                _set(raw, override)
     experiment = _convert(_interpolate(raw, environ, str(path)), str(path))
     if is_study(experiment):
         _check_study(experiment, str(path))
