@@ -265,7 +265,7 @@ def load_experiment(
     if target is not None or variant is not None:
         raw = _chosen(raw, target, variant, environ, str(path))
         for override in overrides:
-            if not override.startswith(STUDY_KEYS):
+            if re.split(r"[.=]", override)[0] not in STUDY_KEYS:
                 _set(raw, override)
     experiment = _convert(_interpolate(raw, environ, str(path)), str(path))
     if is_study(experiment):
