@@ -1,6 +1,7 @@
 """A study as run folders: every cell there, what is missing said, what broke off gone on with."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ from twoclocks.run_study import StudyRuns
 from twoclocks.study import read_study
 
 ALONE = ["collect.gpu=none", "collect.otlp_port=none", "collect.otlp_grpc_port=none", "collect.metrics_url=none"]
+
+
+SERVER = "['{python}', -m, twoclocks.schedule_server, --port, '{port}', --ttft-ms, '5', --tpot-ms, '1']"
 
 
 class PretendedRun(Child):
@@ -144,6 +148,54 @@ def test_a_study_by_the_command_line(study, tmp_path, server):
     }  # fmt: skip
     assert runs["03-B-one"].meta["target"]["name"] == "B"
     assert len(server.requests) == 24
+
+
+def started_study(tmp_path, *settings):
+    start = f"{{kind: command, command: {SERVER}}}"
+    targets = [f"{{name: {name}, server: other, model: known, start: {start}}}" for name in ("A", "B")]
+    path = tmp_path / "s.yaml"
+    path.write_text(f"repeats: 2\ntargets: [{', '.join(targets)}]\noutput: {tmp_path}\n")
+    settings = [*ALONE, "load.requests=2", "warmup.requests=0", *settings]
+    words = [word for setting in settings for word in ("--set", setting)]
+    return ["run", str(path), "--no-report", "--run-folder", str(tmp_path / "place"), *words]
+
+
+@pytest.mark.parametrize(
+    ("settings", "servers"),
+    [
+        ([], ["01-A-r1", "03-B-r1"]),
+        (["order=abba"], ["01-A-r1", "02-B-r1"]),
+        (["order=abba", "keep_started=false"], ["01-A-r1", "02-B-r1", "04-A-r2"]),
+    ],
+)
+def test_servers_are_started_as_the_order_needs_them(tmp_path, settings, servers):
+    assert cli.main(started_study(tmp_path, *settings)) == 0
+    place = tmp_path / "place"
+    ports = {}
+    for cell in read_study(place).cells:
+        run = load_run(place / cell.folder)
+        assert list(run.requests["status"]) == ["ok", "ok"]
+        ports.setdefault(cell.target, set()).add(run.experiment["target"]["url"])
+
+    assert sorted(path.name.removesuffix(".server.log") for path in place.glob("*.server.log")) == servers
+    assert len(ports["A"]) == len([name for name in servers if "A" in name])
+    for url in ports["A"] | ports["B"]:  # and nobody listens there any more
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 1)
+
+
+def test_a_server_that_ends_at_once_fails_its_cells_and_no_others(tmp_path):
+    broken = "['{python}', -c, 'raise SystemExit(7)', '{port}']"
+    targets = f"targets=[{{name: A, server: other, model: known, start: {{kind: command, command: {broken}}}}},"
+    targets += f" {{name: B, server: other, model: known, start: {{kind: command, command: {SERVER}}}}}]"
+    code = cli.main(started_study(tmp_path, targets))
+    cells = read_study(tmp_path / "place").cells
+
+    assert code == 3
+    assert [(cell.target, cell.status) for cell in cells] == [
+        ("A", "failed"), ("A", "failed"), ("B", "finished"), ("B", "finished"),
+    ]  # fmt: skip
+    assert "ended before it was ready (exit code 7)" in cells[0].error
 
 
 def test_one_run_of_a_study_alone(study, tmp_path):

@@ -3,9 +3,13 @@
 A cell that has come to its end is not run again by --resume. Which cells there are stands in study.py.
 """
 
+import contextlib
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+
+import msgspec
 
 from twoclocks import __version__
 from twoclocks.child import (
@@ -22,6 +26,7 @@ from twoclocks.errors import ExperimentError, TargetError
 from twoclocks.experiment import Experiment, load_experiment, masked_word
 from twoclocks.run_folder import make_folder
 from twoclocks.run_levels import LevelRuns
+from twoclocks.start import check, served
 from twoclocks.study import STUDY_FILE, Cell, Skipped, Study, cells
 from twoclocks.target import resolve
 
@@ -74,18 +79,26 @@ class StudyRuns:
 
     def run(self, child: Child, processes: int, progress: Progress) -> int:
         """All cells that have not come to their end; the exit code."""
-        study = self.study
+        study, self.child, self.progress = self.study, child, progress
         study.status = "running"
         for one in study.skipped:
             progress(f"{one.target} is left out: {one.why}")
-        for cell in study.cells:
-            if child.stopped.is_set():
-                break
-            if cell.status == "finished":
-                continue
-            progress(f"run {cell.number} of {len(study.cells)}: {in_words(cell)}")
-            self.cell(child, cell, processes, progress)
-            self.save()
+        absent: set[str] = set()  # targets whose server could not be started
+        with contextlib.ExitStack() as servers, contextlib.suppress(KeyboardInterrupt):  # while a server starts
+            running: dict[bytes, list[str]] = {}  # what was asked to be started -> Locust's options that lead there
+            for cell in study.cells:
+                if child.stopped.is_set():
+                    break
+                if cell.status == "finished" or cell.target in absent:
+                    continue
+                progress(f"run {cell.number} of {len(study.cells)}: {in_words(cell)}")
+                try:
+                    self.cell(cell, self.server(servers, running, cell), processes)
+                except TargetError as error:
+                    absent.add(cell.target)
+                    self.absent(cell, error)
+                    progress(f"{in_words(cell)}: {error}")
+                self.save()
         complete = all(cell.status == "finished" for cell in study.cells)
         study.status = "interrupted" if child.stopped.is_set() else "finished" if complete else "failed"
         study.ended_at_unix = time.time()
@@ -94,32 +107,56 @@ class StudyRuns:
             return INTERRUPTED
         return next((cell.exit_code or 1 for cell in study.cells if cell.status != "finished"), 0)
 
+    def server(self, servers: contextlib.ExitStack, running: dict[bytes, list[str]], cell: Cell) -> list[str]:
+        """See that the server of a cell runs, if it is ours to start; the options of Locust that lead a run to it."""
+        experiment = self.experiment_of(cell)
+        if experiment.target.start is None:
+            return []
+        asked = msgspec.json.encode([cell.target, experiment.target.start])
+        if asked not in running:
+            if self.study.order == "in-turn" or not self.experiment.keep_started:
+                servers.close()
+                running.clear()
+            log_path = self.folder / f"{cell.folder}.server.log"
+            started = served(experiment, log_path, self.progress, stopped=self.child.stopped)
+            _, running[asked] = servers.enter_context(started)
+        return running[asked]
+
     def experiment_of(self, cell: Cell, settings: Sequence[str] = ()) -> Experiment:
         """The experiment of a cell, with further settings."""
         return load_experiment(
             self.path, [*self.overrides, *settings], target=cell.target or None, variant=cell.variant or None
         )
 
-    def cell(self, child: Child, cell: Cell, processes: int, progress: Progress) -> None:
+    def cell(self, cell: Cell, more: Sequence[str], processes: int) -> None:
         """Run one, into its folder; what an earlier attempt left there is put aside."""
         place = self.folder / cell.folder
         put_aside(place)
         cell.status, cell.started_at_unix, cell.error = "running", time.time(), None
         self.save()
         name = " ".join(name for name in (cell.target, cell.variant) if name)
-        overrides = [*self.overrides, *([f"name={name}"] if name else [])]
+        settings = [word for option, word in pairwise(more) if option == "--set"]
+        overrides = [*self.overrides, *settings, *([f"name={name}"] if name else [])]
         command = run_command(
             self.path, overrides, target=cell.target or None, variant=cell.variant or None, processes=processes
         )
+        started = list(more[: more.index("--set")]) if more else []  # --started and its file
         experiment = self.experiment_of(cell, overrides)
         if experiment.load.shape in ("sweep", "search"):
             levels = LevelRuns.begun(experiment, self.path, overrides, place)
-            levels.run(child, command, progress)
+            levels.run(self.child, [*command, *started], self.progress)
             cell.exit_code = levels.exit_code()
         else:
-            cell.exit_code = child.run([*command, "--no-report", "--run-folder", place])
+            cell.exit_code = self.child.run([*command, *started, "--no-report", "--run-folder", place])
         cell.ended_at_unix = time.time()
-        cell.status, cell.error = outcome(place, stopped=child.stopped.is_set())
+        cell.status, cell.error = outcome(place, stopped=self.child.stopped.is_set())
+
+    def absent(self, cell: Cell, error: TargetError) -> None:
+        """Its server could not be started, so that there is no run of it, nor of the same target later."""
+        for one in self.study.cells:
+            if one.target == cell.target and one.number >= cell.number and one.status != "finished":
+                one.status, one.error = "failed", str(error)
+                one.exit_code, one.ended_at_unix = error.exit_code, time.time()
 
     def save(self) -> None:
         """Replace study.json. Raises RunFolderError."""
@@ -140,13 +177,17 @@ def runs_of(experiment: Experiment, path: Path, overrides: Sequence[str]) -> dic
 def missing_targets(experiment: Experiment, runs: dict[tuple[str, str], Experiment]) -> list[Skipped]:
     """Targets that cannot be had, if `missing: skip` lets a study go on without them; else the first one's TargetError.
 
-    A server is asked for its model before the first run.
+    Before anything is started: of a server that is to be started what can be known is found out, any other one is
+    asked for its model.
     """
     skipped = []
     for target in dict.fromkeys(name for name, _ in runs):
         settings = next(run.target for (name, _), run in runs.items() if name == target)
         try:
-            resolve(settings)
+            if settings.start is not None:
+                check(settings.start)
+            else:
+                resolve(settings)
         except (TargetError, ExperimentError) as error:
             if experiment.missing == "stop":
                 raise type(error)(f"target {target}: {error}" if target else str(error)) from None
