@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from twoclocks.prompts import load_prompts
 from twoclocks.synthetic import WORDS
-from twoclocks.workload import load_prompts, prefix_plan
+from twoclocks.workload import prefix_plan
 
 tokenizers = pytest.importorskip("tokenizers")
 

@@ -52,13 +52,14 @@ def test_a_slow_server_holds_no_request_back(tmp_path):
     assert {record.status for record in records} == {"cancelled"}
 
 
-def test_what_cannot_leave_is_counted(tmp_path):
+@pytest.mark.parametrize("processes", [(), ("--processes", "2")])
+def test_what_cannot_leave_is_counted(tmp_path, processes):
     load = {"shape": "rate", "rate": 20, "arrivals": "constant", "duration_s": 2, "drain_s": 0.2, "max_in_flight": 3}
     with FakeServer(lambda body: [HEAD, HANG]) as server:
-        run(tmp_path, "-H", server.url, *shape(**load), "--set", "warmup.requests=0", "--no-report")
+        run(tmp_path, "-H", server.url, *shape(**load), "--set", "warmup.requests=0", "--no-report", *processes)
     records, meta = read(tmp_path)
 
-    assert (len(records), meta["not_sent"]) == (3, 37)
+    assert (len(records), meta["not_sent"]) == ((6, 34) if processes else (3, 37))
 
 
 def test_a_trace_keeps_its_times_and_prompts(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 
 from twoclocks.errors import ExperimentError
 from twoclocks.experiment import Experiment, MixPart, Target, Workload, load_experiment
+from twoclocks.prompts import load_prompts
 from twoclocks.workload import (
-    load_prompts,
     load_workload,
     new_salt,
     order_prompts,
@@ -334,7 +334,7 @@ def test_a_mix_is_the_same_by_seed_and_shared_out_to_workers(tmp_path):
         ("workload: {mix: [{requests: x/a.jsonl}, {requests: y/a.jsonl}]}", "workload.mix: two parts are called 'a'"),
         ("workload: {mix: [{requests: a.jsonl}]}\nload: {shape: trace}", "workload.mix: a trace has an order"),
         ("workload: {mix: [{requests: a.jsonl, weight: 0}]}", r"workload.mix\[0\].weight: expected `float` > 0.0"),
-        ("workload: {mix: [{requests: a.jsonl, wieght: 2}]}", r"workload.mix\[0\]: .*unknown field `wieght`"),
+        ("workload: {mix: [{requests: a.jsonl, wieght: 2}]}", r"unknown key 'workload.mix\[0\].wieght'"),
         ("workload: {mix: [{weight: 2}]}", r"workload.mix\[0\]: .*missing required field `requests`"),
         ("workload: {salt: always}", "workload.salt: expected none | run | request, found 'always'"),
         ("workload: {salt: run}\ntarget: {extra_body: {prompt: x}}", "workload.salt: target.extra_body replaces"),

@@ -87,6 +87,9 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     salt: Literal["none", "run", "request"] = "none"  # a line before each prompt, so that no cache knows it from before
     order: Literal["in-order", "shuffled", "random"] = "shuffled"
     seed: int = 1
+    sessions: Literal["none", "recorded", "own"] = "none"  # turns of a session as a conversation; whose answers
+    think_s: NotNegative = 0  # from the end of a turn until the next one is due
+    think: Literal["constant", "exponential"] = "constant"  # exponential: think_s is the mean
     max_tokens: Count = 128  # for requests that bring none
     ignore_eos: bool = False
     # users who leave: the connection is closed, so that the server can stop, and no failure is counted
@@ -549,6 +552,21 @@ def _check_workload(experiment: Experiment, where: str) -> None:
     if workload.salt != "none" and replaced:
         raise ExperimentError(
             f"{where}: workload.salt: target.extra_body replaces the prompt ({replaced[0]}), so that none is salted"
+        )
+    if workload.sessions == "none":
+        if workload.think_s:
+            raise ExperimentError(f"{where}: workload.think_s: needs workload.sessions: recorded or own")
+        return
+    if experiment.target.api != "chat":
+        raise ExperimentError(
+            f"{where}: workload.sessions: a history is made of messages, which target.api {experiment.target.api!r} "
+            "does not take; use api: chat"
+        )
+    if replaced:
+        raise ExperimentError(f"{where}: workload.sessions: target.extra_body replaces the history ({replaced[0]})")
+    if workload.sessions == "own" and experiment.target.extra_body.get("n", 1) != 1:
+        raise ExperimentError(
+            f"{where}: workload.sessions: own: of several answers (target.extra_body.n) none is the one for the history"
         )
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from twoclocks.errors import TwoclocksError, plain
 from twoclocks.experiment import Experiment, masked, masked_word
 from twoclocks.live import REFRESH_S, LiveView, Moment, is_shown
 from twoclocks.reader import connect, reader_name
-from twoclocks.record import Record, encode_record
+from twoclocks.record import Record
 from twoclocks.run_folder import RunFolder, first_meta, this_clock
 from twoclocks.selfwatch import watch
 from twoclocks.shapes import dealt, in_window, is_open, length_s
@@ -72,7 +73,7 @@ class MasterSide:
         self.sent: dict[str, int] = {}  # lines that a worker says it sent, once it is done
         self.shares: dict[str, int] = {}
         self.exhausted: set[str] = set()  # workers that have sent all of their share
-        self.not_sent = 0
+        self.unsent: dict[str, dict[str, Any]] = {}  # what each worker says that it did not send
         self.time_is_up = False
         self.broken: str | None = None
         self.ended: list[Path] = []  # folders of the runs that are over
@@ -123,7 +124,7 @@ class MasterSide:
         experiment = self.experiment
         self.environment.stop_timeout = experiment.load.drain_s
         self.kept, self.received, self.sent, self.shares = 0, {}, {}, {}
-        self.exhausted, self.not_sent = set(), 0
+        self.exhausted, self.unsent = set(), {}
         self.time_is_up, self.broken = False, None
         self.model, version = resolve(experiment.target)
         endpoint = make_endpoint(experiment.target, experiment.timeouts)
@@ -242,7 +243,7 @@ class MasterSide:
             origin = sender.origin(user)
             record = send(connection, next(sender.plans), origin, "warmup")
             connection.close()
-            self.keep(encode_record(record))
+            self.keep(sender.line(record))
             return record
 
         def one_round(count: int) -> list[Record]:
@@ -384,7 +385,7 @@ class MasterSide:
         """A worker has drained, and says how many lines it sent."""
         if self.folder is not None and msg.data["run"] == self.folder.path.name:
             self.sent[msg.node_id] = msg.data["lines"]
-            self.not_sent += msg.data["not_sent"]
+            self.unsent[msg.node_id] = msg.data["unsent"]  # a worker may say so twice
 
     def on_exhausted(self, msg: Any, **_: Any) -> None:
         """A worker has sent all of its share, and all of it has ended."""
@@ -441,9 +442,11 @@ class MasterSide:
                 self.note(text)
             self._tell(foreign_spans=self.collectors.foreign_spans)
         missing = len(set(self.shares) - set(self.sent))
-        not_sent = self.not_sent + (self.sender.not_sent if self.sender is not None else 0)
+        unsent = [*self.unsent.values(), *([self.sender.unsent()] if self.sender is not None else [])]
+        turns = sum((Counter(told["turns_not_sent"]) for told in unsent), Counter[str]())
         self._tell(
-            not_sent=not_sent,
+            not_sent=sum(told["not_sent"] for told in unsent),
+            turns_not_sent=dict(turns) if self.experiment.workload.sessions != "none" else None,
             status="finished" if self.time_is_up else "interrupted",
             ended_at=self._now(),
             in_flight=None if missing else 0,

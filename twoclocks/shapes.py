@@ -14,7 +14,7 @@ from typing import TypedDict
 
 from twoclocks.errors import ExperimentError
 from twoclocks.experiment import Load
-from twoclocks.workload import Prompt
+from twoclocks.prompts import Prompt
 
 OPEN = ("rate", "trace", "batch")
 """Shapes in which requests leave when they are due, whether or not earlier ones have come back."""

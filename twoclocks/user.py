@@ -3,6 +3,7 @@
 Importing this module imports Locust, which monkey-patches the standard library: nothing that analyses may do so.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ import gevent
 import msgspec
 from gevent.event import Event
 from greenlet import GreenletExit
-from locust import User, constant, task
+from locust import User, task
 from locust.env import Environment
 from locust.exception import StopUser
 
@@ -43,12 +44,14 @@ class Sender(msgspec.Struct):
     left: int | None = None  # requests that may still be sent; None: no limit; -1: none, and that was told
     in_flight: int = 0
     not_sent: int = 0  # requests that were due while load.max_in_flight others were under way
+    turns_not_sent: dict[str, int] = msgspec.field(default_factory=dict)  # of sessions that were begun: why -> how many
     taken: bool = False  # does a user of this process see to the open loop?
     over: Any = msgspec.field(default_factory=Event)  # gevent's Event: what is sent from now on is outside the window
 
     def origin(self, user: int) -> Origin:
         """Who a request is sent by, and what its record keeps."""
-        return Origin(self.zero_ns, self.worker, user, self.experiment.output_text, self.count_tokens)
+        keep_text = self.experiment.output_text or self.experiment.workload.sessions == "own"
+        return Origin(self.zero_ns, self.worker, user, keep_text, self.count_tokens)
 
     def take(self) -> Plan | None:
         """The next to send, and the count of those under way; None if there is none. Its end goes to `ended`."""
@@ -58,17 +61,61 @@ class Sender(msgspec.Struct):
         if plan is None:
             self.left = 0
             return None
+        self._count()
+        return plan
+
+    def _count(self) -> None:
         if self.left is not None:
             self.left -= 1
         self.in_flight += 1
-        return plan
+
+    def following(self, plan: Plan, record: Record) -> Plan | None:
+        """The next turn of the conversation; None if there is none, or if it ends with a turn that failed."""
+        if plan.then is None:
+            return None
+        if record.status != "ok":
+            why = "left" if record.error_kind in LEFT else "stopped" if self.over.is_set() else "failed"
+            self.give_up(plan.later, why)
+            return None
+        return plan.then(record.output_text or "")
+
+    def due_ns(self, before: Record, plan: Plan) -> int:
+        """When a turn is due that follows this record, ns of time.monotonic_ns()."""
+        return self.zero_ns + round((before.ended_at + plan.wait_s) * 1e9)
+
+    def take_turn(self, plan: Plan, max_in_flight: float = math.inf) -> bool:
+        """As `take`, for a turn that is due now; False: it may not be sent, and it and those after it are counted."""
+        if self.over.is_set() or (self.left is not None and self.left <= 0):
+            self.give_up(1 + plan.later, "stopped")
+            return False
+        if self.in_flight >= max_in_flight:
+            self.not_sent += 1
+            self.give_up(plan.later, "max_in_flight")
+            return False
+        self._count()
+        return True
+
+    def give_up(self, turns: int, why: str) -> None:
+        """Count turns of a session that will not be sent."""
+        if turns:
+            self.turns_not_sent[why] = self.turns_not_sent.get(why, 0) + turns
+
+    def unsent(self) -> dict[str, Any]:
+        """What was due, or would have been, and was not sent; run.json holds the sum over all processes."""
+        return {"not_sent": self.not_sent, "turns_not_sent": self.turns_not_sent}
 
     def ended(self, environment: Environment, record: Record) -> None:
         """Keep a record, and tell Locust's own statistics."""
         self.in_flight -= 1
-        self.sink(encode_record(record))
+        self.sink(self.line(record))
         fire_request(environment, self.experiment, record)
         self.look_for_the_end()
+
+    def line(self, record: Record) -> bytes:
+        """Its line of requests.jsonl, without an answer's text that was for the history alone."""
+        if record.output_text is not None and not self.experiment.output_text:
+            record = msgspec.structs.replace(record, output_text=None)
+        return encode_record(record)
 
     def look_for_the_end(self) -> None:
         """Tell, once, that nothing is left to send and nothing is under way."""
@@ -80,8 +127,9 @@ class Sender(msgspec.Struct):
 class StreamingUser(User):
     """Sends the next prompt when the last answer has ended; in an open loop it sees to all requests of its process."""
 
-    wait_time = constant(0)
     sender: ClassVar[Sender]  # of the run that lasts
+    turn: Plan | None = None  # the next one of the conversation that this user is in
+    due_ns: int | None = None  # and when it is due
 
     def on_start(self) -> None:
         """Take the number and the connection that this user keeps."""
@@ -90,8 +138,14 @@ class StreamingUser(User):
         self.pause_s = FIRST_PAUSE_S
 
     def on_stop(self) -> None:
-        """Let the server see the end of this user."""
+        """Let the server see the end of this user, and count what it leaves unsaid."""
         self.connection.close()
+        if self.turn is not None:
+            self.sender.give_up(1 + self.turn.later, "stopped")
+
+    def wait_time(self) -> float:
+        """Seconds until the next task: between two turns the rest of the think time, in which Locust may end a user."""
+        return 0.0 if self.due_ns is None else max(0.0, (self.due_ns - time.monotonic_ns()) / 1e9)
 
     @task
     def stream(self) -> None:
@@ -102,11 +156,19 @@ class StreamingUser(User):
                 sender.taken = True
                 OpenLoop(self.environment, sender, self.origin).run()
             raise StopUser
-        plan = sender.take()  # a user that Locust kills between two tasks may still come here, and gets none
+        plan, due_ns = self.turn, self.due_ns
+        self.turn = self.due_ns = None
+        if plan is None:
+            plan = sender.take()  # a user that Locust kills between two tasks may still come here, and gets none
+        elif not sender.take_turn(plan):
+            plan = None
         if plan is None:
             raise StopUser
-        record = send(self.connection, plan, self.origin, "measure")
+        record = send(self.connection, plan, self.origin, "measure", due_ns)
         sender.ended(self.environment, record)
+        self.turn = sender.following(plan, record)
+        if self.turn is not None:
+            self.due_ns = sender.due_ns(record, self.turn)
         if record.error_kind == STOPPED:
             raise GreenletExit  # send() turned the kill into a record; the user still has to go
         if record.status == "ok" or record.error_kind in LEFT:
@@ -150,9 +212,10 @@ class OpenLoop:
                 sender.over.wait(wait_ns / 1e9)
             if sender.over.is_set():
                 return
-            if len(self.running) >= self.load.max_in_flight:
+            if sender.in_flight >= self.load.max_in_flight:
                 sender.not_sent += 1
-                next(sender.plans, None)  # a trace's later requests keep their own prompts
+                left_out = next(sender.plans, None)  # a trace's later requests keep their own prompts
+                sender.give_up(left_out.later if left_out else 0, "max_in_flight")
             elif not self._start(due_ns):
                 return
 
@@ -179,10 +242,20 @@ class OpenLoop:
         return True
 
     def _one(self, plan: Plan, due_ns: int) -> None:
-        connection = self.idle.pop() if self.idle else connect(self.sender.endpoint)
-        record = send(connection, plan, self.origin, "measure", due_ns)
-        self.idle.append(connection)
-        self.sender.ended(self.environment, record)
+        """A request, and the later turns of the conversation that it begins."""
+        sender = self.sender
+        while True:
+            connection = self.idle.pop() if self.idle else connect(sender.endpoint)
+            record = send(connection, plan, self.origin, "measure", due_ns)
+            self.idle.append(connection)
+            sender.ended(self.environment, record)
+            turn = sender.following(plan, record)
+            if turn is None:
+                return
+            plan, due_ns = turn, sender.due_ns(record, turn)
+            sender.over.wait(max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
+            if not sender.take_turn(plan, self.load.max_in_flight):
+                return
 
 
 def fire_request(environment: Environment, experiment: Experiment, record: Record) -> None:

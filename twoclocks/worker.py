@@ -84,8 +84,8 @@ class WorkerSide:
             if self.watch is not None:
                 self.watch.kill()
             self.flush()
-            not_sent = StreamingUser.sender.not_sent
-            self.runner.send_message("twoclocks_done", {"run": self.run, "lines": self.count, "not_sent": not_sent})
+            unsent = StreamingUser.sender.unsent()
+            self.runner.send_message("twoclocks_done", {"run": self.run, "lines": self.count, "unsent": unsent})
 
     def flush(self) -> None:
         """Send the lines that have come since the last time."""

@@ -4,10 +4,9 @@ Pure: reads the request files once, then only arithmetic. The stream client take
 """
 
 import itertools
-import math
 import random
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,13 @@ import msgspec
 
 from twoclocks.errors import ExperimentError
 from twoclocks.experiment import Experiment, Workload, mix_name
-
-OURS = {
-    "id", "session", "turn", "at", "expected_output_tokens", "expected_prompt_tokens", "expected_cached_tokens", "made",
-}  # fmt: skip
-"""Keys of a request line that are for us; every other one is sent to the server as it stands."""
+from twoclocks.prompts import Prompt, load_prompts
+from twoclocks.sessions import conversations
 
 SALT_LENGTH = 12
 """Hexadecimal digits, 48 bits: two requests in ten million have the same with a chance of 1 in 6."""
 ENCODED_BYTES = 1 << 28
 """Encoded bodies that are kept for their next turn. Beyond them a body is encoded each time that it is sent."""
-
-
-class Prompt(msgspec.Struct, frozen=True):
-    """One line of a request file: an id, and the fields of the request body that it brings."""
-
-    id: str
-    body: dict[str, Any]
-    session: str | None = None
-    turn: int | None = None
-    expected_output_tokens: int | None = None
-    at: float | None = None  # seconds since the beginning of the trace that it is from
-    part: int = 0  # which part of the mix it is from
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -48,28 +32,16 @@ class Plan(msgspec.Struct, frozen=True):
     max_tokens: int | None = None  # that the body allows
     hang_up_s: float | None = None  # after the send, however far the answer has come
     patience_s: float | None = None  # after the send, if no token has come
-
-
-def load_prompts(path: Path, api: str) -> list[Prompt]:
-    """The prompts of a JSON Lines request file, in file order. All are held: memory is that of the file.
-
-    A line is ``{"id", "messages" | "prompt", ...}``. ``messages`` fits api "chat", ``prompt`` fits both (for chat it
-    becomes one user message). Raises ExperimentError naming file and line.
-    """
-    try:
-        with path.open("rb") as file:  # a binary file splits at \n alone; texts may hold raw U+2028
-            prompts = [_prompt(line, number, path, api) for number, line in enumerate(file, 1) if line.strip()]
-    except OSError as error:
-        raise ExperimentError(f"{path}: request file cannot be read: {error.strerror}") from None
-    if not prompts:
-        raise ExperimentError(f"{path}: holds no request; each line is one, such as {{'id': 'a', 'prompt': 'Hello'}}")
-    return prompts
+    wait_s: float = 0.0  # from the end of the turn before it until it is due
+    later: int = 0  # turns of its conversation after this one
+    then: Callable[[str], "Plan"] | None = None  # the next turn, made of this one's answer; to be called once
 
 
 def load_workload(experiment: Experiment) -> list[Prompt]:
     """The prompts of ``workload.requests``, or of every part of ``workload.mix`` with ids NAME/ID.
 
-    Raises ExperimentError, also for a prompt that ``workload.salt`` cannot begin.
+    With ``workload.sessions`` the first turn of each conversation, which holds its later ones. Raises ExperimentError,
+    also for a prompt that ``workload.salt`` cannot begin.
     """
     workload, api = experiment.workload, experiment.target.api
     prompts: list[Prompt] = [] if workload.mix else load_prompts(Path(workload.requests), api)
@@ -86,38 +58,12 @@ def load_workload(experiment: Experiment) -> list[Prompt]:
             )
             for prompt in load_prompts(Path(part.requests), api)
         ]
+    if workload.sessions != "none":
+        prompts = conversations(prompts, workload.sessions)
     if workload.salt != "none":
         for prompt in prompts:
             salted(prompt, "")
     return prompts
-
-
-def _prompt(line: bytes, number: int, path: Path, api: str) -> Prompt:
-    where = f"{path} line {number}"
-    try:
-        raw = msgspec.json.decode(line)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ExperimentError(f"{where}: is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ExperimentError(f"{where}: expected an object, found {type(raw).__name__}")
-    body = {key: value for key, value in raw.items() if key not in OURS}
-    if api == "chat" and "messages" not in body and isinstance(body.get("prompt"), str):
-        body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
-    needed = "messages" if api == "chat" else "prompt"
-    if not body.get(needed):
-        raise ExperimentError(f"{where}: has no '{needed}', which target.api '{api}' needs")
-    session, turn, expected = raw.get("session"), raw.get("turn"), raw.get("expected_output_tokens")
-    at = raw.get("at")
-    if at is not None and not (type(at) in (int, float) and 0 <= at < math.inf):
-        raise ExperimentError(f"{where}: 'at': expected seconds since the beginning of the trace, found {at!r:.40}")
-    return Prompt(
-        id=str(raw.get("id", number)),
-        body=body,
-        session=None if session is None else str(session),
-        turn=turn if isinstance(turn, int) else None,
-        expected_output_tokens=expected if isinstance(expected, int) else None,
-        at=at,
-    )
 
 
 def request_body(prompt: Prompt, experiment: Experiment, model: str) -> dict[str, Any]:
@@ -173,14 +119,14 @@ def order_mix(prompts: list[Prompt], workload: Workload) -> Iterator[Prompt]:
         yield next(rng.choices(orders, cum_weights=bounds)[0])
 
 
-def hang_ups(workload: Workload) -> Iterator[float | None]:
+def hang_ups(workload: Workload, drawing: str) -> Iterator[float | None]:
     """Of one request after the other, how long after its send the user hangs up, in seconds; None: not at all.
 
     The times do not depend on ``workload.cancel_share``: with a greater share the same requests are hung up, and more.
     """
     after = workload.cancel_after_s
     low, high = after if isinstance(after, list) else (after, after)
-    rng = random.Random(f"{workload.seed}/hang-ups")
+    rng = random.Random(f"{workload.seed}/{drawing}")
     while True:
         drawn, at = rng.random(), rng.uniform(low, high)
         yield at if drawn < workload.cancel_share else None
@@ -228,7 +174,8 @@ def plans(
     """An endless sequence of plans; worker ``share`` of ``shares`` gets every ``shares``-th prompt of the one order.
 
     ``salt``: that of the run, SALT_LENGTH digits, for ``workload.salt: run``; one of its own if not given. A request's
-    own salt is the beginning of its request_id.
+    own salt is the beginning of its request_id. With ``workload.sessions`` each is the first turn of a conversation,
+    and ``Plan.then`` gives the next.
     """
     workload = experiment.workload
     if workload.mix:
@@ -236,13 +183,24 @@ def plans(
     else:
         order = "in-order" if experiment.load.shape == "trace" else workload.order
         ordered = order_prompts(prompts, order, workload.seed)
-    salt_of_run = (salt or new_salt()).encode()
+    salt_of_run = salt or new_salt()
+    if workload.sessions != "none":
+        numbered = itertools.islice(enumerate(ordered), share, None, shares)
+        return (_conversation(experiment, prompt, model, number, salt_of_run) for number, prompt in numbered)
+    leaving = hang_ups(workload, "hang-ups")
+    return _plans(
+        experiment, itertools.islice(zip(ordered, leaving, strict=False), share, None, shares), model, salt_of_run
+    )
+
+
+def _plans(
+    experiment: Experiment, prompts: Iterable[tuple[Prompt, float | None]], model: str, salt_of_run: str
+) -> Iterator[Plan]:
     # Each body is encoded once with a placeholder, at which it is cut; a salt then joins the pieces.
-    placeholder = None if workload.salt == "none" else new_salt()
+    placeholder = None if experiment.workload.salt == "none" else new_salt()
     bodies: dict[int, tuple[list[bytes], int | None]] = {}  # by identity, since ids of a user's file may repeat
     room = ENCODED_BYTES
-    patience_s = None if workload.patience_s == "none" else workload.patience_s
-    for prompt, hang_up_s in itertools.islice(zip(ordered, hang_ups(workload), strict=False), share, None, shares):
+    for prompt, hang_up_s in prompts:
         made = bodies.get(id(prompt))
         if made is None:
             made = _encode(prompt, experiment, model, placeholder)
@@ -251,11 +209,59 @@ def plans(
                 bodies[id(prompt)] = made
                 room -= size
         request_id, (pieces, max_tokens) = secrets.token_hex(16), made
-        own = request_id[:SALT_LENGTH].encode() if workload.salt == "request" else salt_of_run
-        encoded = own.join(pieces)
-        if experiment.target.server == "sglang":  # which reads its id from the body, not from a header
-            encoded = b'%b,"rid":"%b"}' % (encoded[:-1], request_id.encode())
-        yield Plan(request_id, prompt, encoded, max_tokens, hang_up_s, patience_s)
+        own = request_id[:SALT_LENGTH] if experiment.workload.salt == "request" else salt_of_run
+        encoded = _with_id(own.encode().join(pieces), request_id, experiment)
+        yield Plan(request_id, prompt, encoded, max_tokens, hang_up_s, _patience_s(experiment.workload))
+
+
+def _conversation(experiment: Experiment, first: Prompt, model: str, number: int, salt_of_run: str) -> Plan:
+    """The first turn of a conversation that is number ``number`` of the order, and with it the ones after it.
+
+    The history is kept as encoded messages, so that a turn encodes what is new in it alone. All turns have the salt of
+    the first, or nothing of the history could come from a cache, and the record's session is NAME#SALT, unique.
+    """
+    workload, rng = experiment.workload, random.Random(f"{experiment.workload.seed}/{number}")
+    first_id = secrets.token_hex(16)
+    own_salt = first_id[:SALT_LENGTH]
+    if workload.salt != "none":
+        first = salted(first, f"[{own_salt if workload.salt == 'request' else salt_of_run}]\n")
+    turns = [
+        msgspec.structs.replace(turn, session=f"{first.session}#{own_salt}", later=()) for turn in (first, *first.later)
+    ]
+    leaving = hang_ups(workload, f"hang-ups/{number}")
+    said: list[bytes] = []
+
+    def plan(index: int, request_id: str, wait_s: float) -> Plan:
+        turn = turns[index]
+        said.extend(map(msgspec.json.encode, turn.body["messages"]))
+        body = request_body(turn, experiment, model) | {"messages": msgspec.Raw(b"[%b]" % b",".join(said))}
+        encoded = _with_id(msgspec.json.encode(body), request_id, experiment)
+
+        def then(answer: str) -> Plan:
+            own = [{"role": "assistant", "content": answer}]
+            said.extend(map(msgspec.json.encode, own if workload.sessions == "own" else turn.answer or []))
+            return plan(index + 1, secrets.token_hex(16), _think_s(workload, rng))
+
+        later = len(turns) - 1 - index
+        told = (_max_tokens(body), next(leaving), _patience_s(workload), wait_s, later)
+        return Plan(request_id, turn, encoded, *told, then if later else None)
+
+    return plan(0, first_id, 0.0)
+
+
+def _think_s(workload: Workload, rng: random.Random) -> float:
+    if workload.think == "exponential" and workload.think_s:
+        return rng.expovariate(1 / workload.think_s)
+    return workload.think_s
+
+
+def _patience_s(workload: Workload) -> float | None:
+    return None if workload.patience_s == "none" else workload.patience_s
+
+
+def _with_id(body: bytes, request_id: str, experiment: Experiment) -> bytes:
+    """The encoded body with its id where the server reads it there and not from a header."""
+    return b'%b,"rid":"%b"}' % (body[:-1], request_id.encode()) if experiment.target.server == "sglang" else body
 
 
 def _encode(
