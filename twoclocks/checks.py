@@ -12,6 +12,7 @@ from twoclocks import expositions
 from twoclocks.clocks import CLOCKS
 from twoclocks.join import NOT_OURS, SOURCES, TOLD_TWICE, reasons
 from twoclocks.load import Run
+from twoclocks.turns import cached_tokens, has_sessions
 from twoclocks.waterfall import ROUNDING_S, Waterfall
 
 Found = tuple[str, bool | None, str]  # name, passed (None: could not be told), text
@@ -77,9 +78,9 @@ def cache_hits(run: Run) -> CacheHits | None:
     """
     rows = run.requests.sort_values("sent_at", kind="stable")
     repeated = rows.duplicated("prompt_id") | (rows["session"].notna() & rows.duplicated("session"))
-    if (run.experiment.get("workload") or {}).get("salt") == "request":
+    if (run.experiment.get("workload") or {}).get("salt") == "request" and not has_sessions(run):
         repeated &= False  # no two prompts begin alike, so that nothing explains a hit
-    cached = rows["cached_tokens"].fillna(rows["server_cached_tokens"]).reindex(run.ok.index)
+    cached = cached_tokens(rows).reindex(run.ok.index)
     known = run.ok[cached.notna() & run.ok["prompt_tokens"].notna()]
     total = float(known["prompt_tokens"].sum())
     if total:

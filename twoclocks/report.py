@@ -108,6 +108,9 @@ def page(template: str, **values: Any) -> str:
         level_headings=terminal.LEVEL_HEADINGS,
         level_row=terminal.level_row,
         levels_remark=terminal.LEVELS_REMARK,
+        turn_headings=terminal.TURN_HEADINGS,
+        turn_row=terminal.turn_row,
+        session_words=terminal.session_words,
         style=(files / "style.css").read_text(encoding="utf-8"),
     )
     return environment.get_template(template).render(**values)

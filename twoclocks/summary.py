@@ -24,6 +24,7 @@ from twoclocks.log_series import MEANING
 from twoclocks.metrics import Bools, Floats, definition
 from twoclocks.record import GAVE_UP, HUNG_UP, LEFT
 from twoclocks.scraped import SAME_TRAFFIC, server_window
+from twoclocks.turns import by_turn, sessions
 from twoclocks.verdict import verdict
 from twoclocks.waterfall import (
     Decode,
@@ -67,6 +68,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "figures": _figures(run),
         "warmup": run.meta.get("warmup"),
         "levels": _levels(run),
+        "sessions": sessions(run),
+        "turns": by_turn(run),
         "errors": _errors(run.measured),
         "join": joined(run.ok) | _left_over(run),
         "instrument": _instrument(calibration),

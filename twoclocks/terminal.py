@@ -81,6 +81,8 @@ def render(summary: dict[str, Any]) -> RenderableType:
     parts += [_verdict(summary), _totals(summary), _latencies(summary)]
     if summary["levels"]:
         parts.append(_levels(summary["levels"]))
+    if summary["sessions"]:
+        parts.append(_turns(summary))
     if summary["client_vs_server"]:
         parts.append(_client_vs_server(summary["client_vs_server"]))
     parts += [_waterfall(one) for one in summary["waterfall"]]
@@ -266,6 +268,63 @@ def _levels(levels: list[dict[str, Any]]) -> RenderableType:
 LEVELS_REMARK = (
     "Requests by when they were sent, tokens by when they arrived; what a level left over streams into the next."
 )
+
+
+TURN_HEADINGS = {
+    "turn": "of its session, counted from 0",
+    "requests": "sent in the measuring window",
+    "ok": "of these, those that ended ok",
+    "TTFT p50, ms": "of those that ended ok",
+    "TTFT p95, ms": "of those that ended ok",
+    "prompt tokens, mean": "of those that ended ok; the history is in them",
+    "from the prefix cache": "prompt tokens that the server says came from its cache / prompt tokens, same requests",
+}
+"""Columns of the table of turns -> what they mean."""
+
+
+def turn_row(turn: dict[str, Any]) -> list[str]:
+    """The cells of one entry of ``turns``, as TURN_HEADINGS names them."""
+    return [
+        f"{turn['turn']}{' and later' if turn['and_later'] else ''}",
+        f"{turn['requests']:,}",
+        f"{turn['ok']:,}",
+        number(turn["ttft_p50"], "s"),
+        number(turn["ttft_p95"], "s"),
+        number(turn["prompt_tokens_mean"], "tokens"),
+        number(turn["cached_share"], "share"),
+    ]
+
+
+WHY_NOT_SENT = {
+    "failed": "came after one that failed",
+    "stopped": "were left at the end",
+    "max_in_flight": "were held back by load.max_in_flight",
+}
+
+
+def session_words(sessions: dict[str, Any]) -> str:
+    """How many sessions there were, and what of them was not sent."""
+    told = f"{sessions['begun']:,} sessions, {sessions['turns_sent']:,} turns sent"
+    left = sessions["turns_not_sent"]
+    if left is None:
+        return f"{told}; how many more they had is not known, as the run never came to its end."
+    if not left:
+        return f"{told}; no turn of these was left out."
+    return (
+        f"{told}; not sent: "
+        + ", ".join(f"{count:,} that {WHY_NOT_SENT.get(why, why)}" for why, count in left.items())
+        + "."
+    )
+
+
+def _turns(summary: dict[str, Any]) -> RenderableType:
+    title = "Turn by turn, with the history in the prompt"
+    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in TURN_HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for turn in summary["turns"]:
+        table.add_row(*turn_row(turn))
+    return Group(table, Text(session_words(summary["sessions"]), style="dim"))
 
 
 def _client_vs_server(rows: list[dict[str, Any]]) -> RenderableType:

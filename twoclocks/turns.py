@@ -14,7 +14,7 @@ MOST_TURNS = 20
 
 def has_sessions(run: Run) -> bool:
     """Were the turns of a session sent as a conversation?"""
-    return (run.experiment.get("workload") or {}).get("sessions", "none") != "none"
+    return bool((run.experiment.get("workload") or {}).get("sessions", "none") != "none")
 
 
 def sessions(run: Run) -> dict[str, Any] | None:
@@ -73,7 +73,7 @@ def cached_share(rows: pd.DataFrame) -> float | None:
 
 
 def cached_tokens(rows: pd.DataFrame) -> pd.Series:
-    """Prompt tokens of each request from the server's prefix cache, by its usage or else its own timings; NaN unknown."""
+    """Of each request the prompt tokens from the server's prefix cache, by usage, else its timings; NaN unknown."""
     cached: pd.Series = rows["cached_tokens"].fillna(rows["server_cached_tokens"])
     return cached
 
