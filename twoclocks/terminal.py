@@ -310,11 +310,8 @@ def session_words(sessions: dict[str, Any]) -> str:
         return f"{told}; how many more they had is not known, as the run never came to its end."
     if not left:
         return f"{told}; no turn of these was left out."
-    return (
-        f"{told}; not sent: "
-        + ", ".join(f"{count:,} that {WHY_NOT_SENT.get(why, why)}" for why, count in left.items())
-        + "."
-    )
+    counted = ", ".join(f"{count:,} that {plain(WHY_NOT_SENT.get(why, why))}" for why, count in left.items())
+    return f"{told}; not sent: {counted}."
 
 
 def _turns(summary: dict[str, Any]) -> RenderableType:
