@@ -343,6 +343,22 @@ def test_a_failed_turn_ends_its_session_and_the_rest_is_counted(tmp_path, load):
     assert meta["turns_not_sent"].get("stopped", 0) == 4 * (begun[0] - begun[1])
 
 
+def test_a_user_who_leaves_an_answer_leaves_the_session(tmp_path):
+    path = write(tmp_path, *whole("a", 4))
+    settings = {"workload__requests": path, "workload__sessions": "own", "workload__cancel_share": 0.5}
+    settings |= {"workload__cancel_after_s": 0.05, "load__users": 2, "load__requests": 20, "warmup__requests": 0}
+    with FakeServer(lambda body: [HEAD, 0.3, *script(body)[1:]]) as server:
+        _, output = run(tmp_path / "out", "-H", server.url, *keys(**settings), "--no-report")
+    records, meta = measured(tmp_path / "out")
+    left = [record for record in records if record.status == "cancelled"]
+
+    assert 0 < len(left) < 20, output
+    assert meta["turns_not_sent"].get("left", 0) == sum(3 - record.turn for record in left)
+    assert all(
+        turns[-1].request_id == one.request_id for turns in by_session(records).values() for one in left if one in turns
+    )
+
+
 @pytest.mark.parametrize(
     "load", [{"load__users": 3}, {"load__shape": "rate", "load__rate": 4, "load__arrivals": "constant"}]
 )

@@ -297,6 +297,7 @@ def turn_row(turn: dict[str, Any]) -> list[str]:
 
 WHY_NOT_SENT = {
     "failed": "came after one that failed",
+    "left": "came after one that its user left",
     "stopped": "were left at the end",
     "max_in_flight": "were held back by load.max_in_flight",
 }

@@ -27,8 +27,8 @@ def sessions(run: Run) -> dict[str, Any] | None:
         "turns_not_sent": run.meta.get("turns_not_sent"),  # why -> how many; None where the run never came to its end
         "unit": "sessions; turns",
         "definition": "sessions of which a turn was sent in the measuring window; turns of those sessions that were "
-        "not sent: failed: after a turn that did not end ok; stopped: at the end of the window, of the user or of "
-        "load.requests; max_in_flight: so many requests were under way",
+        "not sent: failed: after a turn that did not end ok; left: after one that its user left; stopped: at the end "
+        "of the window, of the user or of load.requests; max_in_flight: so many requests were under way",
     }
 
 

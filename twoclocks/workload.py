@@ -119,7 +119,7 @@ def order_mix(prompts: list[Prompt], workload: Workload) -> Iterator[Prompt]:
         yield next(rng.choices(orders, cum_weights=bounds)[0])
 
 
-def hang_ups(workload: Workload, drawing: str) -> Iterator[float | None]:
+def hang_ups(workload: Workload, drawing: str = "hang-ups") -> Iterator[float | None]:
     """Of one request after the other, how long after its send the user hangs up, in seconds; None: not at all.
 
     The times do not depend on ``workload.cancel_share``: with a greater share the same requests are hung up, and more.
@@ -187,7 +187,7 @@ def plans(
     if workload.sessions != "none":
         numbered = itertools.islice(enumerate(ordered), share, None, shares)
         return (_conversation(experiment, prompt, model, number, salt_of_run) for number, prompt in numbered)
-    leaving = hang_ups(workload, "hang-ups")
+    leaving = hang_ups(workload)
     return _plans(
         experiment, itertools.islice(zip(ordered, leaving, strict=False), share, None, shares), model, salt_of_run
     )
