@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -21,6 +23,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from twoclocks import expositions, metrics
 from twoclocks.clocks import CLOCKS
+from twoclocks.errors import plain
+from twoclocks.expositions import Scrapes
 from twoclocks.load import LogSeries, Run
 from twoclocks.metrics import Floats, definition
 from twoclocks.server_names import COUNTERS
@@ -32,6 +36,21 @@ LOG_SPREAD = 100.0  # ratio from which an axis is logarithmic
 HALF = 0.28  # width of half a violin; runs stand 1 apart, which leaves room for the medians between them
 FEW = 8  # below this many values no density is drawn, only the values
 MANY = 2000  # a density is drawn from this many evenly spaced quantiles at most
+
+
+class Shown(Protocol):
+    """What violins are drawn of: a run, or several runs taken together."""
+
+    @property
+    def shown_name(self) -> str: ...
+    @property
+    def ok(self) -> pd.DataFrame: ...
+    @property
+    def gaps(self) -> metrics.Gaps: ...
+    @property
+    def scrapes(self) -> list[Scrapes]: ...
+    @property
+    def first_scrapes(self) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +73,7 @@ class Panel:
     footnotes: list[str]
 
 
-def violins(runs: Sequence[Run], path: Path, title: str) -> None:
+def violins(runs: Sequence[Shown], path: Path, title: str) -> None:
     """TTFT, TPOT, E2E and ITL of each run, client left and server right, as a PNG."""
     rows, columns = (2, 2) if len(runs) <= 2 else (4, 1)
     width, height = max(12.0, 2.2 * len(runs) + 2), 5.2 * rows
@@ -94,7 +113,7 @@ def timeline(run: Run, path: Path) -> None:
     figure.savefig(path)
 
 
-def _panels(runs: Sequence[Run]) -> list[Panel]:
+def _panels(runs: Sequence[Shown]) -> list[Panel]:
     panels = []
     for metric, name, function in (
         ("ttft", "Time to first token (TTFT)", metrics.ttft),
@@ -110,7 +129,7 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
     return panels
 
 
-def _told_notes(runs: Sequence[Run], pairs: Sequence[tuple[Side, Side]]) -> list[str]:
+def _told_notes(runs: Sequence[Shown], pairs: Sequence[tuple[Side, Side]]) -> list[str]:
     """What the server's figures in a panel mean, each once, and how many requests another clock told of."""
     sides = [server for _, server in pairs]
     notes = list(dict.fromkeys(side.meaning for side in sides if side.meaning))
@@ -121,7 +140,7 @@ def _told_notes(runs: Sequence[Run], pairs: Sequence[tuple[Side, Side]]) -> list
     return notes
 
 
-def _server_side(run: Run, metric: str) -> Side:
+def _server_side(run: Shown, metric: str) -> Side:
     """What the server says of single requests; where it told them by several clocks, the one that told most."""
     told = run.ok[run.ok[f"server_{metric}"].notna()]
     if len(told):
@@ -134,7 +153,7 @@ def _server_side(run: Run, metric: str) -> Side:
     return _window_mean(run, metric, "no per-request figure\nfrom this server")
 
 
-def _window_mean(run: Run, metric: str, nothing: str) -> Side:
+def _window_mean(run: Shown, metric: str, nothing: str) -> Side:
     """No values, but the mean that the server's /metrics tell of the window, if they do."""
     gained = expositions.histogram_delta(run.scrapes, run.first_scrapes, metric)
     if gained is None or not gained.count:
@@ -322,5 +341,5 @@ def _finish(axes: Axes, label: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Without matplotlib's own mark-up, which a ``$`` in a name would start."""
-    return text.replace("$", r"\$")
+    """Without control characters and matplotlib's own mark-up, which a ``$`` in a name would start."""
+    return plain(text).replace("$", r"\$")

@@ -86,7 +86,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "side_effects": expositions.side_effects(run.all_scrapes),
         "checks": [check | {"definition": _check_definition(run, check["name"])} for check in checks(run, cut)],
     }
-    cleaned: dict[str, Any] = _clean(summary)
+    cleaned: dict[str, Any] = clean(summary)
     return cleaned
 
 
@@ -513,9 +513,14 @@ def _gpu(run: Run) -> list[dict[str, Any]]:
 
 def _output_throughput(run: Run, span: tuple[float, float] | None = None) -> float:
     """Of all phases but the warm-up, tokens/s; in the measuring window, or in another span of the run."""
-    arrived = metrics.arrived_tokens(run.arrivals, run.requests["output_tokens"].to_numpy())
+    return metrics.output_throughput(*arrived(run), span or run.window)
+
+
+def arrived(run: Run) -> tuple[Floats, Floats]:
+    """(arrival on the run's clock, tokens) of every chunk of all requests but those to warm up."""
+    tokens = metrics.arrived_tokens(run.arrivals, run.requests["output_tokens"].to_numpy())
     counted = np.isin(run.arrivals.request, run.requests.index[run.requests["phase"] != "warmup"])
-    return metrics.output_throughput(run.arrivals.at[counted], arrived[counted], span or run.window)
+    return run.arrivals.at[counted], tokens[counted]
 
 
 def _slo(run: Run) -> dict[str, Any] | None:
@@ -591,12 +596,12 @@ def _total(values: pd.Series) -> int | None:
     return int(known.sum()) if len(known) else None
 
 
-def _clean(value: Any) -> Any:
+def clean(value: Any) -> Any:
     """Without NaN and numpy numbers, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {str(key): _clean(item) for key, item in value.items()}
+        return {str(key): clean(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_clean(item) for item in value]
+        return [clean(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

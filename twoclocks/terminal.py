@@ -34,7 +34,7 @@ SHORT = {
 
 
 def number(value: float | None, unit: str) -> str:
-    """A figure as a reader sees it: seconds as milliseconds, a dash for what is not known."""
+    """A figure as a reader sees it: seconds as milliseconds, bytes as MiB, a dash for what is not known."""
     if value is None or not math.isfinite(value):
         return "–"
     if unit == "s":
@@ -43,12 +43,14 @@ def number(value: float | None, unit: str) -> str:
         return f"{value:,.0f}"
     if unit == "share":
         return f"{value * 100:.1f} %"
+    if unit == "bytes":
+        value /= 2**20
     return f"{value:,.2f}" if abs(value) < 100 else f"{value:,.1f}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
 def shown_unit(unit: str) -> str:
     """The unit that `number` shows."""
-    return {"s": "ms", "share": "", "1": ""}.get(unit, unit)
+    return {"s": "ms", "bytes": "MiB", "share": "", "1": ""}.get(unit, unit)
 
 
 def bucket(interval: dict[str, float | None] | None) -> str:
