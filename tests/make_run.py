@@ -59,6 +59,23 @@ def write_folder(folder: Path, records: list[Record], **meta: object) -> Path:
     return folder
 
 
+def run_of_ttfts(folder: Path, ttfts, **meta: object) -> Path:
+    """A run whose requests have these TTFTs, each of a prompt of its own, one after the other, of two tokens each."""
+    made = [
+        record(
+            f"{number:032x}",
+            prompt_id=f"p{number}",
+            sent_at=number / 10,
+            ended_at=number / 10 + float(ttft) + 0.1,
+            chunk_us=[round(float(ttft) * 1e6), 100_000],
+            chunk_kinds=[("content", 2)],
+            output_tokens=2,
+        )
+        for number, ttft in enumerate(ttfts)
+    ]
+    return write_folder(folder, made, **({"window": {"started_at": 0.0, "ended_at": len(made) / 10}} | meta))
+
+
 def make_run(
     folder: Path,
     *,

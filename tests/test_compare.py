@@ -1,13 +1,15 @@
 import json
 
+import msgspec
 import numpy as np
 import pytest
-from make_run import make_run
+from make_run import make_run, run_of_ttfts
 from scipy import stats
 
 import twoclocks
-from twoclocks import compare
+from twoclocks import compare, compare_text
 from twoclocks.errors import TwoclocksError
+from twoclocks.study import Cell, Study
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +37,68 @@ def test_a_planted_difference_is_found_and_an_absent_one_is_not(folders):
     assert again["verdict"] == "within chance"
 
 
-def test_the_interval_is_scipys():
-    rng = np.random.default_rng(0)
-    first, other = rng.lognormal(0, 0.5, 80), rng.lognormal(0.3, 0.5, 60)
+def test_every_figure_has_its_difference_and_ratio(folders):
+    runs = [twoclocks.load_run(folders / name) for name in ("quick", "slow")]
+    found = {one["statistic"]: one for one in row(compare.differences(runs), "e2e", "slow")["differences"]}
 
-    def difference(a, b, axis=-1):
-        return np.median(b, axis=axis) - np.median(a, axis=axis)
-
+    assert list(found) == ["mean", "p50", "p95", "p99"]
+    first, other = (run.ok["e2e"].to_numpy() for run in runs)
+    assert found["mean"]["difference"] == pytest.approx(other.mean() - first.mean())
+    assert found["mean"]["ratio"] == pytest.approx(other.mean() / first.mean())
+    assert found["p99"]["difference"] == pytest.approx(np.percentile(other, 99) - np.percentile(first, 99))
     expected = stats.bootstrap(
-        (first, other), difference, method="percentile", n_resamples=9999, rng=rng
+        (first, other), lambda a, b, axis: b.mean(axis=axis) - a.mean(axis=axis), method="percentile", rng=1
     ).confidence_interval
-    found, low, high = compare.median_difference(first, other, resamples=9999)
+    width = expected.high - expected.low
+    assert (found["mean"]["low"], found["mean"]["high"]) == pytest.approx(
+        (expected.low, expected.high), abs=0.12 * width
+    )
+    assert found["mean"]["ratio_low"] < found["mean"]["ratio"] < found["mean"]["ratio_high"]
+    assert found["p95"]["low"] is None  # of 60 requests; it takes 72
+    assert found["p50"]["verdict"] == "slower"
 
-    assert found == np.median(other) - np.median(first)
-    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.03)
+
+def test_runs_of_the_same_prompts_are_paired(tmp_path):
+    rng = np.random.default_rng(1)
+    prompt = rng.normal(0, 0.5, 40)
+    runs = [
+        twoclocks.load_run(run_of_ttfts(tmp_path / name, 0.1 * np.exp(prompt + shift + rng.normal(0, 0.05, 40))))
+        for name, shift in (("a", 0.0), ("b", 0.1))
+    ]
+    one = row(compare.differences(runs), "ttft", "b")["differences"][0]
+
+    assert (one["statistic"], one["paired"], one["verdict"]) == ("mean", True, "slower")
+    assert one["ratio"] == pytest.approx(np.exp(0.1), rel=0.03)
+    few = twoclocks.load_run(run_of_ttfts(tmp_path / "c", 0.1 * np.exp(prompt[:15])))
+    assert not row(compare.differences([few, runs[0]]), "ttft", "a")["differences"][0]["paired"]
 
 
-def test_the_same_seed_gives_the_same_interval():
-    values = np.arange(50.0)
+def test_repeats_of_a_side_stand_together(folders):
+    built = compare.compare([folders / "quick", folders / "quick-again"], versus=[folders / "slow"])
 
-    assert compare.median_difference(values, values + 1) == compare.median_difference(values, values + 1)
+    assert [side["name"] for side in built.summary["sides"]] == ["quick (2 repeats)", "slow"]
+    assert row(built.summary, "ttft", "quick (2 repeats)")["n"] == 120
+    assert [run["label"] for run in built.summary["runs"]] == ["quick", "quick-again", "slow"]
+    assert built.html.parent.name == "compare-quick-and-1-more-vs-slow"
+
+
+def test_a_study_is_its_targets_each_with_its_repeats(tmp_path):
+    cells = []
+    for number, (target, repeat) in enumerate([("a", 1), ("b", 1), ("b", 2), ("a", 2), ("a", 3)], 1):
+        make_run(tmp_path / f"{number:02d}", requests=12, seed=number, slow=1.0 + (target == "b"))
+        status = "failed" if repeat == 3 else "finished"
+        cells.append(Cell(number=number, target=target, repeat=repeat, folder=f"{number:02d}", status=status))
+    of_study = {"name": "s", "twoclocks_version": "1", "experiment_file": "x", "overrides": [], "order": "abba"}
+    study = Study(**of_study, repeats=3, targets=["a", "b"], variants=[""], cells=cells)
+    (tmp_path / "study.json").write_bytes(msgspec.json.encode(study))
+
+    built = compare.compare([tmp_path])
+
+    assert built.summary["sides"] == [
+        {"name": "a (2 repeats)", "runs": ["01", "04"]},
+        {"name": "b (2 repeats)", "runs": ["02", "03"]},
+    ]
+    assert row(built.summary, "tpot", "b (2 repeats)")["verdict"] == "slower"
 
 
 def test_what_two_clocks_of_a_server_tell_stands_in_two_rows(folders, tmp_path):
@@ -94,7 +138,7 @@ def test_unlike_work_is_called_unlike(folders, tmp_path):
 
     assert summary["load_differs"] == ["load.users"]
     assert summary["settings_differ"] == [{"key": "load.users", "values_shown": ["6", "3"]}]
-    assert "did not do the same work: load.users" in compare.text(summary)
+    assert "did not do the same work: load.users" in compare_text.text(summary)
 
 
 def test_too_few_requests_get_no_interval(folders, tmp_path):

@@ -63,12 +63,13 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from twoclocks import compare
+    from twoclocks import compare, compare_text, gate
 
-    built = compare.compare(options.runs, options.out, _progress)
-    print(compare.text(built.summary))
+    told = {"versus": options.vs, "gates": options.gate, "junit_file": options.junit}
+    built = compare.compare(options.runs, options.out, _progress, allow_undecided=options.allow_undecided, **told)
+    print(compare_text.text(built.summary))
     print(f"comparison: {built.html}\nviolin: {built.violin}")
-    return 0
+    return gate.exit_code([row["outcome"] for row in built.summary["gates"]], options.allow_undecided)
 
 
 def _calibrate(options: argparse.Namespace) -> int:
@@ -168,11 +169,28 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare",
         parents=[common],
-        help="put several runs into one report",
-        description="Put two or more runs into one report; differences are against the first.",
-        epilog="Example: twoclocks compare output/demo-vllm output/demo-transformers",
+        help="put several runs into one report, and hold them to limits",
+        description="Put two or more runs into one report; differences are against the first, with their intervals. "
+        "A gate is a limit on a figure of the other runs, or on its change: it passes or fails where the interval is "
+        "wholly on one side, and else says how much more data would decide.",
+        epilog="Example: twoclocks compare output/before output/after --gate 'ttft.p95 <= +5%' --gate 'tpot.p99 <= 50 "
+        "ms' --gate 'output_throughput >= -3%' --gate 'error_rate <= 0.1%' --junit gates.xml. Exit code: 0; 1: a gate "
+        "failed or has not enough data; 2: a gate that cannot be read; 4: a gate was asked of an INVALID run.",
     )
-    compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the runs' folders, two or more")
+    compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs or studies, two or more")
+    compare.add_argument(
+        "--vs",
+        metavar="RUN",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="then RUNs are repeats of one side, these of the other",
+    )
+    compare.add_argument(
+        "--gate", metavar="LIMIT", action="append", default=[], help="METRIC.STATISTIC <= LIMIT, or >="
+    )
+    compare.add_argument("--junit", metavar="FILE", type=Path, help="write the gates' outcomes as JUnit XML")
+    compare.add_argument("--allow-undecided", action="store_true", help="not enough data is no failure")
     compare.add_argument("--out", type=Path, help="its folder (default: compare-A-vs-B beside the first run)")
     compare.set_defaults(command=_compare)
     calibrate = commands.add_parser(

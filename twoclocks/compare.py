@@ -1,22 +1,26 @@
 """Compare: run folders -> one report with all of them side by side, their differences, and how sure these are."""
 
+import datetime
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from twoclocks import __version__, metrics, terminal
-from twoclocks.calibration import calibration_of, error_bars
+from twoclocks import __version__, gate, intervals, junit, metrics, samples
 from twoclocks.clocks import CLOCKS
-from twoclocks.errors import RunFolderError, TwoclocksError, plain
+from twoclocks.compare_text import DIFFERENCES, interval, percent
+from twoclocks.errors import RunFolderError, TwoclocksError
 from twoclocks.load import Run, load_run
-from twoclocks.metrics import Floats, definition
+from twoclocks.metrics import definition
 from twoclocks.plots import violins
 from twoclocks.report import VIOLIN, Report, page, picture, write_json
+from twoclocks.samples import Sample
+from twoclocks.study import STUDY_FILE, finished, read_study
 from twoclocks.summary import distribution, summarise
+from twoclocks.verdict import verdict
 
 ROWS: dict[str, tuple[str, Callable[..., Any]]] = {
     "ttft": ("TTFT", metrics.ttft),
@@ -36,68 +40,163 @@ TOTALS = {
     "request_throughput": "Requests/s",
     "output_throughput": "Output tokens/s",
 }
-RESAMPLES, SEED, LEAST = 2000, 1, 5
 INTERVAL = (
-    f"Difference of p50: this run's median - the first run's. Interval: the middle 95 % of {RESAMPLES} bootstrap "
-    f"resamples of the requests of both runs (seed {SEED}); it tells how far chance among these requests reaches, not "
-    f"what another day would bring. Not given below {LEAST} requests."
+    "Difference: this side's figure - the first side's. Interval: 95 %, by bootstrap "
+    f"({intervals.RESAMPLES} draws, seed {intervals.SEED}). Where both sides sent the same {samples.PROMPTS} prompts "
+    "or more it is paired: both are drawn with the same prompts, so that what makes one prompt slower than another "
+    "cancels out. Of one or two runs a side it tells how far chance among these requests reaches, not what another "
+    f"day would bring; from {intervals.REPEATS} repeats a side on, what runs scatter is in it. Requests that queue "
+    "behind each other are not wholly independent, so that an interval under heavy load is rather too narrow. None "
+    f"is given of fewer than {', '.join(f'{intervals.least(name)} ({name})' for name in DIFFERENCES)} requests."
+)
+MANY_INTERVALS = (
+    "The intervals stand each for itself and are not corrected for their number: with nothing changed at all, about "
+    "one in 20 of them leaves out zero by chance. What you set out to find, ask with a --gate."
 )
 _SAME_WORK = ("workload.", "load.", "warmup.", "target.api")
 _NOT_COMPARED = ("name", "output", "labels")
 
 
 def compare(
-    folders: Sequence[str | Path], out: Path | None = None, progress: Callable[[str], None] = lambda _: None
+    folders: Sequence[str | Path],
+    out: Path | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    versus: Sequence[str | Path] = (),
+    gates: Sequence[str] = (),
+    junit_file: Path | None = None,
+    allow_undecided: bool = False,
 ) -> Report:
     """The comparison of two or more runs, written to ``out`` or to compare-A-vs-B beside the first.
 
-    Raises TwoclocksError for fewer than two runs, RunFolderError for a folder that is none.
+    With ``versus``, ``folders`` are the repeats of one side and these are those of the other. A study's folder stands
+    for its runs: one side a target and variant. ``gates``: see gate.parse; each is asked of every side but the first.
+    Raises TwoclocksError for fewer than two sides or a gate that cannot be read, RunFolderError for what is no run.
     """
-    if len(folders) < 2:
+    asked = [gate.parse(text) for text in dict.fromkeys(gates)]
+    named = [*_sides(folders, bool(versus)), *_sides(versus, bool(versus))]
+    if len(named) < 2:
         raise TwoclocksError("a comparison needs two run folders or more, such as: twoclocks compare output/A output/B")
-    runs = []
-    for folder in folders:
-        progress(f"reading {folder}")
-        runs.append(load_run(folder))
-    runs = short_names(runs)
-    out = out or runs[0].path.resolve().parent / ("compare-" + "-vs-".join(run.name for run in runs))
+    sides = []
+    for name, paths in named:
+        progress(f"reading {', '.join(map(str, paths))}")
+        sides.append(Side(name, [load_run(path) for path in paths]))
+    sides = short_names(sides)
+    out = out or sides[0].runs[0].path.resolve().parent / ("compare-" + "-vs-".join(side.folder for side in sides))
     progress("computing the differences")
-    summary = differences(runs)
-    title = " vs ".join(run.shown_name for run in runs)
+    judged, summary = _judged(asked, sides), _differences(sides)
+    summary["gates"] = [gate.as_row(one) for one in judged]
+    title = " vs ".join(side.name for side in sides)
     try:
+        if junit_file is not None:
+            now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S")
+            junit_file.parent.mkdir(parents=True, exist_ok=True)
+            junit_file.write_text(junit.junit(judged, allow_undecided, now), encoding="utf-8")
         (out / "plots").mkdir(parents=True, exist_ok=True)
         write_json(out / "summary.json", summary)
         progress("drawing the violins")
-        violins(runs, out / VIOLIN, title)
+        violins([run for side in sides for run in side.runs], out / VIOLIN, title)
         html = out / "report.html"
         values = {"summary": summary, "title": title, "violin": picture(out / VIOLIN), "totals": TOTALS}
-        html.write_text(page("compare.html", **values), encoding="utf-8")
+        shown = {"percent": percent, "interval": interval, "names": DIFFERENCES, "unknown_error": gate.UNKNOWN_ERROR}
+        html.write_text(page("compare.html", **values, **shown), encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"{error.filename or out}: cannot be written: {error.strerror}") from None
     return Report(summary, html, out / VIOLIN)
 
 
-def short_names(runs: Sequence[Run]) -> list[Run]:
-    """The same runs, called by their experiments where those tell them apart; else by their folders."""
-    names = [str(run.experiment.get("name") or "") for run in runs]
-    if not all(names) or len(set(names)) < len(names):
-        return list(runs)
-    return [replace(run, short_name=name) for run, name in zip(runs, names, strict=True)]
+@dataclass(frozen=True)
+class Side:
+    """A run, or several repeats of one."""
+
+    name: str
+    runs: list[Run]
+
+    @property
+    def folder(self) -> str:
+        """A name for a folder."""
+        return self.runs[0].name + ("" if len(self.runs) == 1 else f"-and-{len(self.runs) - 1}-more")
+
+
+def _sides(folders: Sequence[str | Path], together: bool) -> list[tuple[str, list[Path]]]:
+    """Name and run folders of each side; of ``together`` one side."""
+    found: list[tuple[str, list[Path]]] = []
+    for folder in map(Path, folders):
+        if (folder / STUDY_FILE).exists():
+            found += _of_study(folder)
+        else:
+            found.append((folder.resolve().name, [folder]))
+    if together and found:
+        paths = [path for _, of_side in found for path in of_side]
+        return [(repeats_name(found[0][0], len(paths)), paths)]
+    return found
+
+
+def _of_study(folder: Path) -> list[tuple[str, list[Path]]]:
+    study = read_study(folder)
+    cells: dict[tuple[str, str], list[Path]] = {}
+    for cell in finished(study):
+        cells.setdefault((cell.target, cell.variant), []).append(folder / cell.folder)
+    if not cells:
+        raise RunFolderError(f"{folder}: this study has no run that finished")
+    of_one = len(cells) == 1
+    return [
+        (repeats_name(folder.resolve().name if of_one else " ".join(filter(None, names)), len(paths)), paths)
+        for names, paths in cells.items()
+    ]
+
+
+def repeats_name(name: str, count: int) -> str:
+    """How a side is called."""
+    return name if count == 1 else f"{name} ({count} repeats)"
+
+
+def short_names(sides: Sequence[Side]) -> list[Side]:
+    """The same sides, called by their experiments where these tell them apart; else by their folders."""
+    names = [str(side.runs[0].experiment.get("name") or "") for side in sides]
+    if any(len(side.runs) > 1 for side in sides) or not all(names) or len(set(names)) < len(names):
+        return list(sides)
+    return [
+        Side(name, [replace(run, short_name=name) for run in side.runs])
+        for name, side in zip(names, sides, strict=True)
+    ]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, Any]:
     """Every figure of a comparison; the keys are those of its summary.json. Seconds."""
+    return _differences([Side(run.shown_name, [run]) for run in runs])
+
+
+def _differences(sides: Sequence[Side]) -> dict[str, Any]:
+    runs = [run for side in sides for run in side.runs]
     differing = settings_differ(runs)
-    calibrations = [calibration_of(run) for run in runs]
-    bars = [error_bars(calibration) if calibration else {} for calibration in calibrations]
+    bars = [samples.error_bar(side.runs) for side in sides]
     return {
         "twoclocks_version": __version__,
+        "sides": [{"name": side.name, "runs": [run.name for run in side.runs]} for side in sides],
         "runs": [summarise(run) for run in runs],
+        "gates": [],
+        "gate_definition": gate.DEFINITION,
         "interval_definition": INTERVAL,
-        "rows": [row for metric in ROWS for row in _both_sides(runs, bars, metric)],
+        "many_intervals": MANY_INTERVALS,
+        "rows": [row for metric in ROWS for row in _both_sides(sides, bars, metric)],
         "settings_differ": differing,
         "load_differs": [row["key"] for row in differing if row["key"].startswith(_SAME_WORK)],
     }
+
+
+def _judged(gates: Sequence[gate.Gate], sides: Sequence[Side]) -> list[gate.Judged]:
+    """Each gate, of every side but the first."""
+    if not gates:
+        return []
+    first, *others = sides
+    bars = [samples.error_bar([*first.runs, *other.runs]) for other in others]
+    invalid = [[run.shown_name for run in side.runs if verdict(run)["level"] == "INVALID"] for side in sides]
+    return [
+        gate.judge(one, first.runs, other.runs, names=(first.name, other.name), bars=bar, invalid=[*invalid[0], *bad])
+        for one in gates
+        for other, bar, bad in zip(others, bars, invalid[1:], strict=True)
+    ]
 
 
 def settings_differ(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -112,117 +211,85 @@ def settings_differ(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-def median_difference(
-    first: Floats, other: Floats, resamples: int = RESAMPLES, seed: int = SEED
-) -> tuple[float, float, float]:
-    """(median(other) - median(first), low, high): percentile bootstrap, 95 %, each sample resampled by itself."""
-    rng = np.random.default_rng(seed)
-    drawn = _resampled_medians(other, resamples, rng) - _resampled_medians(first, resamples, rng)
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return float(np.median(other) - np.median(first)), float(low), float(high)
-
-
-def text(summary: dict[str, Any]) -> str:
-    """The comparison as the terminal shows it."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        title="Side by side, in ms; Δ p50 is against the first run",
-        title_style="bold",
-        title_justify="left",
-        show_edge=False,
-        pad_edge=False,
-    )
-    table.add_column("metric", no_wrap=True)
-    table.add_column("run", no_wrap=True)
-    for heading in ("n", "mean", "p50", "p99", "Δ p50", "95 % interval"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in summary["rows"]:
-        low, high = (terminal.number(row[key], "s") for key in ("low", "high"))
-        values = [terminal.number(row[key], "s") for key in ("mean", "p50", "p99", "difference")]
-        values.append("–" if row["low"] is None else f"{low} .. {high}")
-        if row["verdict"] == "not resolved":
-            values[3] += " *"
-        table.add_row(row["label"] if row["first"] else "", Text(plain(row["run"])), f"{row['n']:,}", *values)
-    lines = [
-        Text(f"{run['label']}: {run['verdict']['level']}; {reason['reason']}; {reason['remedy']}.")
-        for run in summary["runs"]
-        for reason in run["verdict"]["reasons"]
-    ]
-    lines += [
-        Text(f"{run['label']}: {run['partial']}", style="bold yellow") for run in summary["runs"] if run["partial"]
-    ]
-    if any(row["verdict"] == "not resolved" for row in summary["rows"]):
-        lines.append(Text("* smaller than the instrument's own error at this load: not resolved."))
-    if summary["load_differs"]:
-        keys = ", ".join(summary["load_differs"])
-        lines.append(Text(f"The runs did not do the same work: {keys} differ.", style="bold"))
-    return terminal.to_text(Group(table, *lines))
-
-
-def _both_sides(runs: Sequence[Run], bars: Sequence[dict[str, float]], metric: str) -> list[dict[str, Any]]:
+def _both_sides(sides: Sequence[Side], bars: Sequence[dict[str, float]], metric: str) -> list[dict[str, Any]]:
     """The client's rows, then the server's: those of each clock apart, since they are different quantities."""
     label, function = ROWS[metric]
-    rows = _rows(runs, bars, metric, f"{label}, client", "client", [run.ok for run in runs], definition(function))
-    for source, server in sorted({pair for run in runs for pair in run.told_by}):
+    of_client = [[run.ok for run in side.runs] for side in sides]
+    rows = _rows(sides, bars, metric, f"{label}, client", "client", of_client, definition(function))
+    for source, server in sorted({pair for side in sides for run in side.runs for pair in run.told_by}):
         clock = CLOCKS[source, server].get(metric)
         if clock is not None:
-            told = [run.ok[(run.ok["server_source"] == source) & (run.ok["server_kind"] == server)] for run in runs]
+            told = [
+                [run.ok[(run.ok["server_source"] == source) & (run.ok["server_kind"] == server)] for run in side.runs]
+                for side in sides
+            ]
             name = f"{label}, server ({source}, {server})"
-            rows += _rows(runs, bars, f"server_{metric}", name, "server", told, clock.text)
+            rows += _rows(sides, bars, f"server_{metric}", name, "server", told, clock.text)
     return rows
 
 
 def _rows(
-    runs: Sequence[Run],
+    sides: Sequence[Side],
     bars: Sequence[dict[str, float]],
     metric: str,
     label: str,
-    side: str,
-    tables: Sequence[pd.DataFrame],
+    of: str,
+    tables: Sequence[Sequence[pd.DataFrame]],
     meaning: str,
 ) -> list[dict[str, Any]]:
-    """A row a run; of the server's side, a row each run of which it told by this clock."""
-    values = [table[metric].dropna().to_numpy(dtype=np.float64) for table in tables]
-    if not any(len(one) for one in values):
+    """A row a side; of the server's, a row each side of which it told by this clock."""
+    told = [samples.of_tables(of_side, metric, metric, meaning) for of_side in tables]
+    if all(one.missing for one in told):
         return []
     rows: list[dict[str, Any]] = []
-    for number, (run, of_run) in enumerate(zip(runs, values, strict=True)):
-        if side == "server" and not len(of_run):
+    for number, (side, one) in enumerate(zip(sides, told, strict=True)):
+        if of == "server" and one.missing:
             continue
         row: dict[str, Any] = {
             "metric": metric,
             "label": label,
-            "side": side,
+            "side": of,
             "definition": meaning,
-            "run": run.shown_name,
+            "run": side.name,
             "first": not rows,
             "unit": "s",
         }
-        row |= dict.fromkeys(("mean", "p50", "p95", "p99", "difference", "low", "high", "verdict"))
-        row |= distribution(of_run)
-        if number and len(of_run) and len(values[0]):
-            row["difference"] = float(np.median(of_run) - np.median(values[0]))
-            unresolved = abs(row["difference"]) <= max(bars[0].get(metric, 0.0), bars[number].get(metric, 0.0))
-            row["verdict"] = "not resolved" if unresolved else None
-            if min(len(of_run), len(values[0])) >= LEAST:
-                _, low, high = median_difference(values[0], of_run)
-                verdict = "within chance" if low <= 0 <= high else "slower" if low > 0 else "faster"
-                row |= {"low": low, "high": high, "verdict": row["verdict"] or verdict}
+        row |= distribution(np.concatenate(one.values) if one.values else np.empty(0))
+        row["differences"] = []
+        if number and not one.missing and not told[0].missing:
+            bar = max(bars[0].get(metric, 0.0), bars[number].get(metric, 0.0))
+            row["differences"] = [_difference(told[0], one, statistic, bar) for statistic in DIFFERENCES]
+        of_p50: dict[str, Any] = next((found for found in row["differences"] if found["statistic"] == "p50"), {})
+        row |= {key: of_p50.get(key) for key in ("difference", "low", "high", "verdict")}
         rows.append(row)
     return rows
 
 
-def _resampled_medians(values: Floats, resamples: int, rng: np.random.Generator) -> Floats:
-    """Medians of resamples with replacement, in batches so that a long run needs no more memory than a short one."""
-    batch = max(1, 2_000_000 // len(values))
-    drawn = [
-        np.median(values[rng.integers(0, len(values), (min(batch, resamples - done), len(values)))], axis=1)
-        for done in range(0, resamples, batch)
-    ]
-    return np.concatenate(drawn)
+def _difference(first: Sample, other: Sample, statistic: str, bar: float) -> dict[str, Any]:
+    """One figure of two sides: its difference and ratio, each with its interval where there are enough requests."""
+    one, two = samples.figure(first, statistic) or 0.0, samples.figure(other, statistic) or 0.0
+    found = samples.contrast(first, other, statistic, "difference")
+    as_ratio = samples.contrast(first, other, statistic, "ratio").interval
+    row: dict[str, Any] = {
+        "statistic": statistic,
+        "difference": two - one,
+        "low": None,
+        "high": None,
+        "ratio": two / one if one > 0 else None,
+        "ratio_low": None,
+        "ratio_high": None,
+        "paired": found.paired,
+        "verdict": None,
+    }
+    if found.interval is not None:
+        low, high = found.interval.low, found.interval.high
+        row |= {"difference": found.interval.estimate, "low": low, "high": high}
+        row["verdict"] = "within chance" if low <= 0 <= high else "slower" if low > 0 else "faster"
+    if as_ratio is not None:
+        row |= {"ratio": as_ratio.estimate, "ratio_low": as_ratio.low, "ratio_high": as_ratio.high}
+    if abs(row["difference"]) <= bar:
+        row["verdict"] = "not resolved"
+    return row
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -148,6 +148,15 @@ def request_throughput(ended_at: Floats, window: tuple[float, float]) -> float:
     return float(((ended_at >= start) & (ended_at <= end)).sum() / (end - start)) if end > start else float("nan")
 
 
+def binned(at: Floats, amounts: Floats, window: tuple[float, float], count: int) -> Floats:
+    """What fell into each of ``count`` equal parts of the window, its end included; (count,)."""
+    start, end = window
+    inside = (at >= start) & (at <= end)
+    part = np.floor((at[inside] - start) / (end - start) * count).astype(np.int64)
+    sums = np.bincount(np.minimum(part, count - 1), weights=amounts[inside], minlength=count)
+    return sums.astype(np.float64)
+
+
 def meets_slo(ok: Bools, values: dict[str, Floats], limits: dict[str, float]) -> Bools:
     """Good request = ended ok, with each of TTFT, TPOT and E2E within its limit.
 

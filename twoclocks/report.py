@@ -75,7 +75,7 @@ def page(template: str, **values: Any) -> str:
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     environment.globals.update(
         number=terminal.number,
-        signed=signed,
+        signed=terminal.signed,
         bucket=terminal.bucket,
         scraped_span=terminal.scraped_span,
         shown_unit=terminal.shown_unit,
@@ -114,12 +114,6 @@ def page(template: str, **values: Any) -> str:
         style=(files / "style.css").read_text(encoding="utf-8"),
     )
     return environment.get_template(template).render(**values)
-
-
-def signed(seconds: float | None) -> str:
-    """A difference in ms, with its sign."""
-    text = terminal.number(seconds, "s")
-    return f"+{text}" if seconds is not None and seconds > 0 else text
 
 
 def picture(path: Path) -> str:

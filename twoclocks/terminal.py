@@ -48,6 +48,12 @@ def number(value: float | None, unit: str) -> str:
     return f"{value:,.2f}" if abs(value) < 100 else f"{value:,.1f}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
+def signed(seconds: float | None) -> str:
+    """A difference in ms, with its sign."""
+    text = number(seconds, "s")
+    return f"+{text}" if seconds is not None and seconds > 0 else text
+
+
 def shown_unit(unit: str) -> str:
     """The unit that `number` shows."""
     return {"s": "ms", "bytes": "MiB", "share": "", "1": ""}.get(unit, unit)

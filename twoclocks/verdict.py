@@ -337,9 +337,7 @@ def _tokens_of_bins(run: Run, start: float, end: float) -> metrics.Floats:
     if count < 2:
         return np.empty(0)
     tokens = metrics.arrived_tokens(run.arrivals, run.requests["output_tokens"].to_numpy())
-    inside = (run.arrivals.at >= start) & (run.arrivals.at < end)
-    row = np.floor((run.arrivals.at[inside] - start) / (end - start) * count).astype(np.int64)
-    return np.bincount(np.minimum(row, count - 1), weights=tokens[inside], minlength=count).astype(np.float64)
+    return metrics.binned(run.arrivals.at, tokens, (start, end), count)
 
 
 def _unjoined(run: Run) -> Reason | None:
