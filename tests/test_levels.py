@@ -109,9 +109,9 @@ def test_the_interval_is_wilsons(good, requests):
 
 
 def test_piling_up_is_more_than_chance():
-    assert keeps_up(1000, 990, in_flight=20)
-    assert not keeps_up(1000, 980, in_flight=20)
-    assert keeps_up(0, 0, in_flight=0)
+    assert keeps_up(1000, 985, variance=20)  # 1 + 2.33 * sqrt(40) = 15.7
+    assert not keeps_up(1000, 984, variance=20)
+    assert keeps_up(0, 0, variance=0)
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,15 @@ from twoclocks.experiment import Experiment, LevelRange, Search, Sweep, is_study
 Judgement = Literal["pass", "fail", "undecided"]
 Z = 1.96
 """Of a two-sided interval of 95 %."""
+Z_PILE = 2.33
+"""Of a one-sided level of 1 %: a search asks it of a dozen probes, and one false alarm low down ends it there."""
 
 RULE = (
     "A probe passes if the Wilson 95 % interval of its share of good requests lies at or above slo.share, and fails if "
     "it lies below. If slo.share lies inside, the probe is undecided: it is repeated once, for twice as long, where "
     "the probes that are left allow it, and judged by the requests of both; if it is undecided still, the share itself "
     "decides. Over rates, a probe also fails if the server did not keep up: requests piled up by more than chance "
-    "explains, or some were due and could not leave."
+    "explains (at 1 %) while fewer ended than the rate asks for, or some were due and could not leave."
 )
 
 
@@ -99,14 +101,14 @@ def wilson(good: int, requests: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def keeps_up(arrived: int, ended: int, in_flight: float) -> bool:
-    """Did a server finish what came in a stretch of time? All counts are of that stretch; ``in_flight``: its mean.
+def keeps_up(arrived: int, ended: int, variance: float) -> bool:
+    """Did a server finish what came in a stretch of time? ``variance``: of the number in flight at one instant.
 
-    Requests under way in a stable system scatter about their mean L with a variance of about L, so that arrived -
-    ended, the difference of two such counts, has one of about 2 L. More than two standard deviations above zero is
+    arrived - ended is the number in flight at the end minus that at the beginning. In a stable system the two are as
+    good as independent, so that chance gives it a variance of twice ``variance``. More than all but 1 % of that is
     piling up.
     """
-    return arrived - ended <= 1 + 2 * math.sqrt(2 * max(in_flight, 0.0))
+    return arrived - ended <= 1 + Z_PILE * math.sqrt(2 * max(variance, 0.0))
 
 
 def judge(value: float, evidence: Sequence[Evidence], share: float) -> Probe:
