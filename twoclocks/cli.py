@@ -43,6 +43,14 @@ def _duel(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from twoclocks import log_files, report, terminal
 
+    if (options.run / "study.json").exists():
+        from twoclocks import study_report, study_text
+
+        study = study_report.build(options.run, _progress)
+        answered = study.summary["answers"]  # two targets side by side, with what they said
+        print(study_text.duel_text(study.summary) if answered else study_text.terminal_text(study.summary))
+        print(f"report: {study.html}\nmarkdown: {study.text}")
+        return study.exit_code
     if (options.run / "sweep.json").exists():
         from twoclocks import curves
 
@@ -112,8 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         parents=[common],
-        help="run an experiment: once, or once for each level of a sweep or a search",
-        description="Run an experiment with Locust, headless. Shapes sweep and search are a run for each level. "
+        help="run an experiment: once, or once for each level, target, variant and repeat that it asks for",
+        description="Run an experiment with Locust, headless, and the servers that it asks to be started. Shapes sweep "
+        "and search are a run for each level; targets, variants and repeats are a run for each. "
         "Ctrl-C once lets the running streams end, twice cuts them off.",
         epilog="Example: twoclocks run configs/sweep.yaml --set load.duration_s=30, or without a file: twoclocks run "
         "--url http://127.0.0.1:8000 --users 16. Exit code: 0; 1: SLO missed; 2: bad usage; 3: target not reachable; "
@@ -127,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--users", type=int, help="in place of load.users")
     run.add_argument("--processes", metavar="N", type=int, default=1, help="Locust workers (default: 1, no workers)")
     run.add_argument("--run-folder", metavar="PATH", type=Path, help="make the run, sweep or search in this new folder")
-    run.add_argument("--resume", metavar="FOLDER", type=Path, help="of a sweep or search: run what it has not run yet")
+    run.add_argument("--resume", metavar="FOLDER", type=Path, help="of many runs: make what is missing")
     run.add_argument("--no-report", action="store_true", help="leave the report to a later `twoclocks report FOLDER`")
     run.set_defaults(command=_run)
     duel = commands.add_parser(
@@ -157,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Make summary.json, summary.txt, vllm_bench.json, plots and report.html from a run's raw files.",
         epilog="Example: twoclocks report output/demo-vllm. Exit code: 0; 1: SLO missed; 4: the run is INVALID.",
     )
-    report.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, a sweep or a search")
+    report.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, a sweep, a search or a study")
     report.add_argument(
         "--server-log",
         metavar="FILE",

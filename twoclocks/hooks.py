@@ -4,6 +4,7 @@ Nothing is made before Locust's init event, since `--processes` forks before it.
 """
 
 import contextlib
+import logging
 import resource
 import sys
 from pathlib import Path
@@ -75,6 +76,12 @@ def add_options(parser: Any) -> None:
         include_in_web_ui=False,
         help="leave the report to a later `twoclocks report RUN`",
     )
+    parser.add_argument(
+        "--without-tables",
+        action="store_true",
+        include_in_web_ui=False,
+        help="leave out Locust's own tables at the end; a run of many would fill the screen with them",
+    )
     parser.set_defaults(web_host="127.0.0.1", master_bind_host="127.0.0.1")
 
 
@@ -86,6 +93,7 @@ def on_init(environment: Environment, runner: Any, **_: Any) -> None:
         return
     options = environment.parsed_options
     assert options is not None
+    logging.getLogger("locust.stats_logger").disabled = options.without_tables
     try:
         if options.run_folder is not None:
             refuse_existing(options.run_folder)

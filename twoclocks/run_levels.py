@@ -169,7 +169,9 @@ class LevelRuns:
         self.save()
         folder = self.folder / level.folder
         put_aside(folder)
-        level.exit_code = self.child.run([*self.locust, "--no-report", "--run-folder", folder, *self.settings(level)])
+        level.exit_code = self.child.run(
+            [*self.locust, "--without-tables", "--no-report", "--run-folder", folder, *self.settings(level)]
+        )
         level.ended_at_unix = time.time()
         level.status, level.error = outcome(folder, stopped=self.child.stopped.is_set())
         if level.error:

@@ -147,7 +147,9 @@ class StudyRuns:
             levels.run(self.child, [*command, *started], self.progress)
             cell.exit_code = levels.exit_code()
         else:
-            cell.exit_code = self.child.run([*command, *started, "--no-report", "--run-folder", place])
+            cell.exit_code = self.child.run(
+                [*command, *started, "--without-tables", "--no-report", "--run-folder", place]
+            )
         cell.ended_at_unix = time.time()
         cell.status, cell.error = outcome(place, stopped=self.child.stopped.is_set())
 
