@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from twoclocks.experiment import Server
 
 METRICS = (
-    "ttft", "tokenize", "validation", "queue", "prefill", "decode", "inference", "tpot", "time_per_token", "e2e",
+    "ttft", "tokenize", "validation", "queue", "prefill", "held", "decode", "inference", "tpot", "time_per_token",
+    "e2e",
 )  # fmt: skip
 """Durations that a server may tell of a request; a column ``server_NAME`` each, in seconds.
 
 ``ttft`` always holds the queue: a server that tells only its prefill (llama.cpp) has none. ``tokenize`` is what comes
 between the request's receipt and the queue, template and tokenizing; ``validation`` is TGI's, without the template.
+``held`` is from the first token until it is sent, of servers that send whole batches.
 ``inference`` is prefill + decode, of servers that tell them only together. ``tpot`` is (last - first token) /
 (tokens - 1); ``time_per_token`` is inference / tokens, which is another quantity.
 """
@@ -127,6 +129,27 @@ CLOCKS: dict[tuple[str, str], dict[str, Clock]] = {
             "The same formula: the client stamps a chunk's arrival, the server the sampling of a token",
         ),
     },
+    ("in-band", "pytorch"): {
+        "ttft": Clock(
+            "request tokenized", "its first token is sent", "queue + prefill + held",
+            "The client's also holds HTTP, template and tokenizing before, and delivery after",
+        ),
+        "queue": Clock("request tokenized", "its batch begins", "for the batch before to end, and for others to join"),
+        "prefill": Clock("its batch begins", "first token sampled", "padding, and the prompts of the whole batch"),
+        "held": Clock(
+            "first token sampled", "first token sent",
+            "static batching: its own decode, and the rest of the longest answer's, unless the server streams steps",
+        ),
+        "decode": Clock("first token sampled", "its own last token sampled"),
+        "tpot": Clock(
+            "first token sampled", "its own last token sampled", "divided by output tokens - 1",
+            "The same formula: the client stamps a chunk's arrival, the server the sampling of a token",
+        ),
+        "e2e": Clock(
+            "request tokenized", "its answer is sent", "the wait for the longest of its batch in it",
+            "The client's also holds HTTP, template and tokenizing before, and delivery after",
+        ),
+    },
     ("log", "transformers"): {
         "queue": Clock("request handed to the continuous-batching engine", "first scheduled", "from its debug log"),
         "e2e": Clock(
@@ -138,8 +161,8 @@ CLOCKS: dict[tuple[str, str], dict[str, Clock]] = {
 }  # fmt: skip
 """Facts checked in the servers' sources: vLLM 0.33, TGI 3.3.7, SGLang 0.5.23, llama.cpp of 2026, transformers 5.23."""
 
-TTFT_IS_A_SUM = {("in-band", "vllm")}
-"""Where ``ttft`` is queue + prefill and nothing else, so that nothing further can be learned by subtracting them."""
+TTFT_IS_A_SUM = {("in-band", "vllm"), ("in-band", "pytorch")}
+"""Where ``ttft`` is queue + prefill + held and nothing else, so that subtracting them teaches nothing further."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +212,10 @@ SILENCES: dict[Server, tuple[Silence, ...]] = {
         Silence((PAGE,), "its totals (/metrics)", "--metrics"),
         Silence(("prefill",), "prefill and decode of single requests", "a build whose answers carry timings"),
         Silence(("queue",), "the wait for a slot, template and tokenizing", None),
+    ),
+    "pytorch": (
+        Silence((PAGE,), "its totals (/metrics)", "its API port reachable"),
+        Silence(("tokenize",), "template and tokenizing", None),
     ),
     "openai": (Silence(("e2e", "prefill"), "its own time of any request", None),),
     "other": (Silence(("e2e", "prefill"), "its own time of any request that could be read here", None),),

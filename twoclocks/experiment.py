@@ -19,8 +19,8 @@ from msgspec import Meta
 
 from twoclocks.errors import ExperimentError
 
-Server = Literal["vllm", "tgi", "transformers", "sglang", "llamacpp", "openai", "other"]
-Api = Literal["chat", "completions", "tgi-generate"]
+Server = Literal["vllm", "tgi", "transformers", "sglang", "llamacpp", "pytorch", "openai", "other"]
+Api = Literal["chat", "completions", "tgi-generate", "in-process"]  # in-process: no HTTP, the engine of target.start
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
@@ -490,6 +490,8 @@ def _check(experiment: Experiment, where: str) -> None:
         raise ExperimentError(f"{where}: workload.ignore_eos: transformers serve refuses this field; leave it out")
     if target.start is not None:
         _check_start(target, target.start, where)
+    if target.api == "in-process":
+        _check_in_process(target, experiment.load, where)
     _check_workload(experiment, where)
     _check_load(experiment.load, where)
     _check_levels(experiment, where)
@@ -513,7 +515,7 @@ def _check_start(target: Target, start: Start, where: str) -> None:
         raise ExperimentError(
             f"{at}: starts a server on this machine, but target.url names another ({target.url}); leave one of them out"
         )
-    if start.kind in ("vllm", "transformers") and target.server != start.kind:
+    if start.kind != "command" and target.server != start.kind:
         raise ExperimentError(
             f"{at}.kind: starts {start.kind}, but target.server is {target.server}; write target.server: {start.kind}"
         )
@@ -534,6 +536,16 @@ def _check_start(target: Target, start: Start, where: str) -> None:
         )
     if "{model}" in words and not start.model:
         raise ExperimentError(f"{at}.model: the command has a {{model}}, and none is given")
+
+
+def _check_in_process(target: Target, load: Load, where: str) -> None:
+    at = f"{where}: target.api in-process"
+    if target.start is None or target.start.kind not in ("pytorch", "vllm"):
+        raise ExperimentError(
+            f"{at}: needs the engine that it is to run: target.start with kind pytorch or vllm, and a model"
+        )
+    if load.shape != "batch":
+        raise ExperimentError(f"{at}: sends batches; set load.shape: batch, found {load.shape}")
 
 
 def _check_workload(experiment: Experiment, where: str) -> None:

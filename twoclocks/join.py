@@ -45,6 +45,7 @@ class Timing:
     validation: float = NAN
     queue: float = NAN
     prefill: float = NAN
+    held: float = NAN
     decode: float = NAN
     inference: float = NAN
     tpot: float = NAN
@@ -132,11 +133,25 @@ def _sglang(told: Mapping[str, Any], output_tokens: float) -> Timing | Unmatched
     )  # fmt: skip
 
 
+def _pytorch(told: Mapping[str, Any], output_tokens: float) -> Timing | Unmatched:
+    """``metrics`` of the static batching server (engines/static_server.py), ms."""
+    names = ("batch_wait_ms", "batch_prefill_ms", "batch_first_held_ms", "batch_decode_ms", "batch_held_ms")
+    queue, prefill, first_held, decode, held = (_ms(told, name) for name in names)
+    if math.isnan(prefill):
+        return Unmatched("the server's timings lack batch_prefill_ms")
+    return Timing(
+        "in-band", "pytorch", ttft=queue + prefill + first_held, queue=queue, prefill=prefill, held=first_held,
+        decode=decode, tpot=decode / (output_tokens - 1) if output_tokens > 1 else NAN,
+        e2e=queue + prefill + decode + held,
+    )  # fmt: skip
+
+
 _DIALECTS: tuple[tuple[set[str], Callable[[Mapping[str, Any], float], Timing | Unmatched]], ...] = (
     ({"time_to_first_token_ms", "queue_time_ms"}, _vllm),
     ({"prompt_ms", "predicted_ms"}, _llamacpp),
     ({"x-queue-time", "x-total-time"}, _tgi),
     ({"e2e_latency", "queue_time"}, _sglang),
+    ({"batch_wait_ms", "batch_prefill_ms"}, _pytorch),
 )
 """Keys of which one is there -> who speaks so."""
 
@@ -248,6 +263,7 @@ def _combined(group: list[ServerRequest], output_tokens: float, left: Counter[st
     first = min(timings, key=lambda timing: _or(timing.ttft, timing.e2e))
     return Timing(
         first.source, first.server, first.ttft, first.tokenize, first.validation, first.queue, first.prefill,
+        held=first.held,
         decode=_mean(timing.decode for timing in timings),
         inference=_mean(timing.inference for timing in timings),
         tpot=_mean(timing.tpot for timing in timings),

@@ -72,6 +72,10 @@ def one_run_only(experiment: Experiment) -> None:
             "targets, variants, repeats: are a run for each; start it with: twoclocks run EXPERIMENT.yaml"
             + (f", or choose one with --target NAME (there: {names})" if names else "")
         )
+    if experiment.target.api == "in-process":
+        raise ExperimentError(
+            "target.api in-process: runs without Locust; start it with: twoclocks run EXPERIMENT.yaml"
+        )
     if load.shape in ("sweep", "search"):
         raise ExperimentError(
             f"load.shape {load.shape}: is a run for each level; start it with: twoclocks run EXPERIMENT.yaml"

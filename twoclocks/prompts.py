@@ -33,7 +33,7 @@ class Prompt(msgspec.Struct, frozen=True):
 def load_prompts(path: Path, api: str) -> list[Prompt]:
     """The prompts of a JSON Lines request file, in file order. All are held: memory is that of the file.
 
-    A line is ``{"id", "messages" | "prompt", ...}``. ``messages`` fits api "chat", ``prompt`` fits both (for chat it
+    A line is ``{"id", "messages" | "prompt", ...}``. ``messages`` fits api "chat", ``prompt`` fits all (for chat it
     becomes one user message). Raises ExperimentError naming file and line.
     """
     try:
@@ -57,7 +57,7 @@ def _prompt(line: bytes, number: int, path: Path, api: str) -> Prompt:
     body = {key: value for key, value in raw.items() if key not in OURS}
     if api == "chat" and "messages" not in body and isinstance(body.get("prompt"), str):
         body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
-    needed = "messages" if api == "chat" else "prompt"
+    needed = "messages" if api == "chat" or (api == "in-process" and "messages" in body) else "prompt"
     if not body.get(needed):
         raise ExperimentError(f"{where}: has no '{needed}', which target.api '{api}' needs")
     session, turn, expected = raw.get("session"), raw.get("turn"), raw.get("expected_output_tokens")

@@ -297,6 +297,7 @@ COUNTERS: dict[str, dict[str, str]] = {
         "sglang:generation_tokens_total": "when a request finishes",
         "llamacpp:tokens_predicted_total": "when a request finishes; six digits",
         "trtllm_generation_tokens_total": "when a request finishes",
+        "pytorch:generation_tokens_total": "when a batch ends",
         "tgi_request_generated_tokens_sum": "when a request succeeds",
     },
     "prompt_tokens": {
@@ -304,12 +305,14 @@ COUNTERS: dict[str, dict[str, str]] = {
         "sglang:prompt_tokens_total": "when a request finishes, cached tokens too",
         "llamacpp:prompt_tokens_total": "cached tokens left out; six digits",
         "trtllm_prompt_tokens_total": "when a request finishes",
+        "pytorch:prompt_tokens_total": "when a batch ends, without padding",
         "tgi_request_input_length_sum": "when a request is validated",
     },
     "requests": {
         "vllm:request_success_total": "requests that finished; those whose client went away are left out",
         "sglang:num_requests_total": "requests that finished",
         "trtllm_request_success_total": "requests that finished",
+        "pytorch:requests_total": "requests that finished; those whose client went away are left out",
         "tgi_request_success": "requests that succeeded",
         "tgi_request_success_total": "requests that succeeded",  # the parser gives every counter this ending
     },
@@ -335,6 +338,7 @@ GAUGES: dict[str, tuple[str, ...]] = {
         "tgi_batch_current_size",
         "llamacpp:requests_processing",
         "trtllm_num_requests_running",
+        "pytorch:num_requests_running",
     ),
     "waiting": (
         "vllm:num_requests_waiting",
@@ -342,6 +346,7 @@ GAUGES: dict[str, tuple[str, ...]] = {
         "tgi_queue_size",
         "llamacpp:requests_deferred",
         "trtllm_num_requests_waiting",
+        "pytorch:num_requests_waiting",
     ),
     "kv_cache_usage": (
         "vllm:kv_cache_usage_perc",

@@ -40,7 +40,9 @@ from twoclocks.waterfall import (
 
 PERCENTILES = (50, 95, 99)
 UNSEEN = "Not seen from outside; part of the client's TTFT. Server: "
-BESIDE = ("ttft", "tpot", "e2e", "tokenize", "validation", "queue", "prefill", "inference", "time_per_token")
+BESIDE = (
+    "ttft", "tpot", "e2e", "tokenize", "validation", "queue", "prefill", "held", "inference", "time_per_token",
+)  # fmt: skip
 """What is shown of single requests, in this order. Decode is the TPOT's numerator, and left to it."""
 WHOLE_RUN = "(last token chunk - first request sent), the drain in it and the warm-up left out"
 LEFT_OUT = (
@@ -554,7 +556,7 @@ def _scraped(run: Run) -> dict[str, Any] | None:
 def _partial(run: Run) -> str | None:
     if not run.partial:
         return None
-    if run.meta.get("status") == "interrupted":
+    if run.meta.get("status") in ("interrupted", "failed"):
         return "Stopped before its time; every request that it had sent is in these figures."
     users = run.requests.loc[run.requests["phase"] != "warmup", "user"].nunique()
     flying = f"up to {users} requests, one a user," if users else "an unknown number of requests"

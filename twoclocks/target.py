@@ -7,7 +7,7 @@ from twoclocks.endpoint import request_headers, tls_context
 from twoclocks.errors import TargetError
 from twoclocks.experiment import Target
 
-HAS_METRICS = {"vllm", "tgi", "sglang", "llamacpp", "other"}
+HAS_METRICS = {"vllm", "tgi", "sglang", "llamacpp", "pytorch", "other"}
 
 
 def base_url(target: Target) -> str:
@@ -33,7 +33,7 @@ def resolve(target: Target) -> tuple[str, str | None]:
 
 
 def _version(client: httpx.Client, target: Target) -> str | None:
-    """Also the proof that something answers. Only vLLM has /version; elsewhere its 404 is as good."""
+    """Also the proof that something answers. Where there is no /version, its 404 is as good."""
     try:
         response = client.get("/version")
     except httpx.HTTPError as error:

@@ -30,7 +30,7 @@ LABELS = {
 SHORT = {
     "ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "E2E", "time_per_token": "time per token",
     "tokenize": "template, tokenize",
-} | {name: name for name in ("validation", "queue", "prefill", "decode", "inference")}  # fmt: skip
+} | {name: name for name in ("validation", "queue", "prefill", "held", "decode", "inference")}  # fmt: skip
 
 
 def number(value: float | None, unit: str) -> str:

@@ -19,7 +19,7 @@ Ints = NDArray[np.int64]
 
 PATH = {
     "send": "sending", "http": "HTTP", "template": "template", "tokenize": "tokenize", "queue": "queue",
-    "prefill": "prefill", "delivery": "delivery",
+    "prefill": "prefill", "held": "held until it is sent", "delivery": "delivery",
 }  # fmt: skip
 """What a request passes between its first byte and its first token, in order."""
 INSIDE = ("template", "tokenize", "queue", "prefill")
@@ -61,7 +61,8 @@ def waterfalls(columns: Mapping[str, Any], stages: Sequence[str] = ()) -> list[W
     """The requests that got a token, a Waterfall for each set of parts that is known; the largest first.
 
     ``columns``: intended_at, connect_started_at, connected_at, sent_at, written_at, ttft, server_source, server_kind,
-    server_ttft, server_tokenize, server_validation, server_queue, server_prefill, and stage_NAME_ttft for each of
+    server_ttft, server_tokenize, server_validation, server_queue, server_prefill, server_held (if any server tells it),
+    and stage_NAME_ttft for each of
     ``stages`` (outermost first); arrays with a row a request, seconds, NaN where unknown.
     """
     seconds = {
@@ -69,6 +70,7 @@ def waterfalls(columns: Mapping[str, Any], stages: Sequence[str] = ()) -> list[W
         for name in (
             "intended_at", "connect_started_at", "connected_at", "sent_at", "written_at", "ttft", "server_ttft",
             "server_tokenize", "server_validation", "server_queue", "server_prefill",
+            *(name for name in ("server_held",) if name in columns),
             *(f"stage_{stage}_ttft" for stage in stages),
         )
     }  # fmt: skip
@@ -185,6 +187,7 @@ def _inside(at: Mapping[str, Floats], texts: Mapping[str, str]) -> list[Bar]:
         "validation": ["tokenize"],
         "queue": ["queue"],
         "prefill": ["prefill"],
+        "held": ["held"],
     }
     if _all_known(at["server_tokenize"]):
         del holds["validation"]
@@ -268,6 +271,7 @@ _MEANING = {
     "send": "sending decides; long prompts or a slow network",
     "queue": "the server is saturated: more load lengthens its queue and nothing else",
     "prefill": "the server works on prompts; shorter or cached prompts would shorten it",
+    "held": "the server keeps answers until the longest of their batch has ended",
     "template+tokenize": "the API server's own processor decides, not the engine",
     "tokenize": "the API server's own processor decides, not the engine",
     "http+delivery": "the way to the server and back decides: the network, a proxy, or a busy API server",

@@ -76,7 +76,7 @@ def request_body(prompt: Prompt, experiment: Experiment, model: str) -> dict[str
     # since strict servers answer 400 to fields that they do not know
     if target.stream:
         body["stream_options"] = {"include_usage": True}
-        if target.server == "vllm":
+        if target.server in ("vllm", "pytorch"):
             body["stream_options"]["continuous_usage_stats"] = True
     elif target.server == "sglang":
         body["return_meta_info"] = True
