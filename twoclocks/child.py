@@ -17,7 +17,7 @@ import msgspec
 
 from twoclocks import keeper
 from twoclocks.errors import RunFolderError, TwoclocksError
-from twoclocks.experiment import Experiment, to_yaml
+from twoclocks.experiment import Api, Experiment, to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = Path(__file__).parent / "templates" / "load_test.py"
@@ -77,11 +77,17 @@ def run_command(
     target: str | None = None,
     variant: str | None = None,
     processes: int = 1,
+    api: Api = "chat",
 ) -> list[str | Path]:
-    """Locust, headless, on the locustfile beside the package, in the current folder, or inside the package."""
+    """Locust, headless, on the locustfile beside the package, in the current folder, or inside the package.
+
+    Without a server (api in-process) the driver of engines, which takes the same options.
+    """
     found = [file for file in (ROOT / "load_test.py", Path("load_test.py"), BUNDLED) if file.exists()]
     argv: list[str | Path] = [sys.executable, "-m", "locust", "-f", found[0], "--headless", "--only-summary"]
     argv += ["--processes", str(processes)] if processes > 1 else []
+    if api == "in-process":
+        argv = [sys.executable, "-m", "twoclocks.in_process"]
     argv += ["--experiment", path]
     for option, value in (("--target", target), ("--variant", variant)):
         argv += [] if value is None else [option, value]

@@ -491,7 +491,7 @@ def _check(experiment: Experiment, where: str) -> None:
     if target.start is not None:
         _check_start(target, target.start, where)
     if target.api == "in-process":
-        _check_in_process(target, experiment.load, where)
+        _check_in_process(experiment, target.start, where)
     _check_workload(experiment, where)
     _check_load(experiment.load, where)
     _check_levels(experiment, where)
@@ -538,14 +538,16 @@ def _check_start(target: Target, start: Start, where: str) -> None:
         raise ExperimentError(f"{at}.model: the command has a {{model}}, and none is given")
 
 
-def _check_in_process(target: Target, load: Load, where: str) -> None:
-    at = f"{where}: target.api in-process"
-    if target.start is None or target.start.kind not in ("pytorch", "vllm"):
+def _check_in_process(experiment: Experiment, start: Start | None, where: str) -> None:
+    at, load, workload = f"{where}: target.api in-process", experiment.load, experiment.workload
+    if start is None or start.kind not in ("pytorch", "vllm"):
         raise ExperimentError(
             f"{at}: needs the engine that it is to run: target.start with kind pytorch or vllm, and a model"
         )
     if load.shape != "batch":
         raise ExperimentError(f"{at}: sends batches; set load.shape: batch, found {load.shape}")
+    if workload.sessions != "none" or workload.cancel_share or workload.patience_s != "none":
+        raise ExperimentError(f"{at}: nobody waits between turns or hangs up; leave sessions, cancel and patience out")
 
 
 def _check_workload(experiment: Experiment, where: str) -> None:

@@ -52,8 +52,9 @@ def _stored(folder: Path) -> Study | Levels:
     return read_levels(folder)
 
 
-def _command(options: Namespace, path: Path, overrides: list[str]) -> list[str | Path]:
-    return run_command(path, overrides, target=options.target, variant=options.variant, processes=options.processes)
+def _command(options: Namespace, experiment: Experiment, path: Path, overrides: list[str]) -> list[str | Path]:
+    chosen = {"target": options.target, "variant": options.variant}
+    return run_command(path, overrides, **chosen, processes=options.processes, api=experiment.target.api)
 
 
 def _single(
@@ -66,7 +67,7 @@ def _single(
     server: Plan | None,
 ) -> int:
     folder = options.run_folder or (free_folder(experiment) if server else None)  # the server's log stands beside it
-    command = _command(options, path, overrides)
+    command = _command(options, experiment, path, overrides)
     command += ["--run-folder", folder] if folder else []
     command += ["--no-report"] if options.no_report else []
     with served(experiment, Path(f"{folder}.server.log"), progress, plan=server, stopped=child.stopped) as (_, more):
@@ -93,7 +94,7 @@ def _levels(
     log = plan.folder / f"server-{1 + len(list(plan.folder.glob('server-*.log')))}.log"  # --resume starts another one
     with served(experiment, log, progress, plan=server, stopped=child.stopped) as (there, more):
         plan.experiment = there
-        plan.run(child, [*_command(options, path, overrides), *more], progress)
+        plan.run(child, [*_command(options, experiment, path, overrides), *more], progress)
     progress(f"{plan.levels.kind} ended: {plan.folder}")
     return _reported(options, plan.folder, child, plan.exit_code())
 

@@ -137,11 +137,10 @@ class StudyRuns:
         name = " ".join(name for name in (cell.target, cell.variant) if name)
         settings = [word for option, word in pairwise(more) if option == "--set"]
         overrides = [*self.overrides, *settings, *([f"name={name}"] if name else [])]
-        command = run_command(
-            self.path, overrides, target=cell.target or None, variant=cell.variant or None, processes=processes
-        )
         started = list(more[: more.index("--set")]) if more else []  # --started and its file
         experiment = self.experiment_of(cell, overrides)
+        chosen = {"target": cell.target or None, "variant": cell.variant or None}
+        command = run_command(self.path, overrides, **chosen, processes=processes, api=experiment.target.api)
         if experiment.load.shape in ("sweep", "search"):
             levels = LevelRuns.begun(experiment, self.path, overrides, place)
             levels.run(self.child, [*command, *started], self.progress)

@@ -25,13 +25,15 @@ from . import keeper
 from .endpoint import PATHS
 from .errors import TargetError, plain
 from .experiment import Api
+from .interpreters import ENVIRONMENTS
 
-ServerKind = Literal["vllm", "transformers"]
+ServerKind = Literal["vllm", "transformers", "pytorch"]
 Device = Literal["cpu", "cuda"]
 Progress = Callable[[str], None]
 _First = tuple[str, dict[str, Any]]
 
-USUAL_START = {"vllm": "25-45 s", "transformers": "7-20 s"}  # on a CPU
+STATIC_SERVER = Path(__file__).parent / "engines" / "static_server.py"
+USUAL_START = {"vllm": "25-45 s", "transformers": "7-20 s", "pytorch": "5-15 s"}  # on a CPU
 POLL_S = 0.5
 PROGRESS_S = 5.0
 LOG_TAIL_BYTES = 64_000
@@ -105,6 +107,9 @@ def server_command(
             # Eager start takes a third of the compiled one, and float32 is faster than bfloat16 without AVX512-BF16.
             ours += ["--dtype", "float32", "--enforce-eager"]
         ours += _vllm_telling(version)
+    elif kind == "pytorch":
+        ours = [str(STATIC_SERVER), "--model", str(model), "--port", str(port), "--device", device]
+        ours += ["--served-model-name", served_model_name] if served_model_name else []
     else:
         ours = ["-c", _TRANSFORMERS, "serve", str(model)]
         ours += ["--host", "127.0.0.1", "--port", str(port), "--device", device]
@@ -172,7 +177,7 @@ def started_server(
     """Starts a server, yields it when it has completed a first token, ends it and all its processes on leaving.
 
     python: of the environment that the server is installed in. port: 0 takes a free one. transformers serves a model
-    under its folder's path, so served_model_name holds for vLLM alone. The log is written anew.
+    under its folder's path, so served_model_name does not hold for it. The log is written anew.
     Raises TargetError when the port is taken, the server ends early, or is not ready in ready_timeout_s.
     """
     port = usable_port(port)
@@ -182,7 +187,7 @@ def started_server(
         command,
         name=kind,
         url=f"http://127.0.0.1:{port}",
-        model=served_model_name if kind == "vllm" and served_model_name else str(model),
+        model=served_model_name if kind != "transformers" and served_model_name else str(model),
         log_path=log_path,
         env=server_environment(kind, env),
         ready_timeout_s=ready_timeout_s,
@@ -257,7 +262,7 @@ def usable_port(port: int) -> int:
 
 
 def _how_to_install(name: str) -> str:
-    return f"; `python3 scripts/prepare.py {name}` installs it" if name in USUAL_START else ""
+    return f"; `python3 scripts/prepare.py {ENVIRONMENTS[name]}` installs it" if name in ENVIRONMENTS else ""
 
 
 class _Waiting(msgspec.Struct, frozen=True):

@@ -144,9 +144,11 @@ def served(
 ) -> Iterator[tuple[Experiment, list[str]]]:
     """The experiment with its server started, and the options of Locust that make it so; itself if it asks for none.
 
+    An engine without a server (api in-process) is started by the run itself.
+
     What is known of the server goes into a file beside its log, from which the run takes it into its run.json.
     """
-    if experiment.target.start is None:
+    if experiment.target.start is None or experiment.target.api == "in-process":
         yield experiment, []
         return
     with started(experiment.target, log_path, progress, plan=plan, stopped=stopped) as server:
@@ -182,8 +184,6 @@ def command_line(plan: Plan, port: int) -> tuple[list[str], str | None]:
     assert model is not None
     given = Path(start.model or "").name if model.name == str(model.folder) else model.name
     served_name = start.served_model_name or given
-    if start.kind == "pytorch":
-        raise TargetError("target.start.kind: pytorch has no server yet")
     version = plan.found.versions.get("vllm")
     command = server_command(
         start.kind, plan.python, model.name, served_name, port, start.flags, device=plan.device, version=version

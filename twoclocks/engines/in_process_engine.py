@@ -3,7 +3,7 @@
 The files of this folder run in an engine's own environment, with its Python and by their path. There they see torch and
 transformers, or vLLM, and nothing of the tester: they import the standard library, the engine, and each other.
 
-    python child.py SOCKET pytorch|vllm MODEL [FLAG ...]
+    python in_process_engine.py SOCKET pytorch|vllm MODEL [FLAG ...]
 
 SOCKET is the path of a Unix socket on which the tester listens. Lines of JSON go both ways. First one of
 
