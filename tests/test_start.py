@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from locust_runs import ROOT, wait_for
+from real_servers import prepared
 
 from twoclocks import interpreters, start
 from twoclocks.errors import TargetError
@@ -469,3 +470,40 @@ def test_settings_leave_a_log_of_the_users_own(tmp_path):
     assert made.settings(own)[:2] == ["target.url=http://127.0.0.1:1", 'target.model="yes"']
     assert f"collect.log=file:{tmp_path / 'a.log'}" in made.settings(Experiment())
     assert not any(word.startswith("collect.log") for word in made.settings(own))
+
+
+@pytest.mark.real
+def test_a_real_vllm_is_started_measured_and_ended(tmp_path):
+    paths = prepared("vllm", "tiny")
+    path = tmp_path / "x.yaml"
+    path.write_text(f"""
+name: real
+target:
+  server: vllm
+  start: {{kind: vllm, model: {paths["tiny"].name}, flags: [--max-model-len, "1024", --num-gpu-blocks-override, "9"]}}
+  extra_body: {{temperature: 0}}
+workload: {{requests: {ROOT / "requests" / "demo.jsonl"}, max_tokens: 24}}
+load: {{users: 4, duration_s: 5, drain_s: 20}}
+collect: {{gpu: none, otlp_port: none, otlp_grpc_port: none, metrics_interval_s: 0.2}}
+output: {tmp_path / "out"}
+""")
+    with begun(path) as process:
+        out, said = process.communicate(timeout=300)
+    (folder,) = [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    told = json.loads((folder / "run.json").read_text())["target"]["started"]
+    rows = {row["name"]: row["bytes"] for row in json.loads((folder / "summary.json").read_text())["memory"]}
+
+    assert process.returncode == 0, out + said
+    assert (told["versions"]["vllm"], told["device"]) == ("0.32.0", "cpu")
+    assert not alive(told["pid"])
+    assert (folder / "server.log").stat().st_size > 0
+    config = json.loads((paths["tiny"] / "config.json").read_text())
+    per_token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * 4
+    block = 128 * per_token  # vLLM's block on a CPU is 128 tokens
+    assert rows["kv_reserved"] == 9 * block
+    assert rows["kv_used_peak"] % block == pytest.approx(0, abs=2) or rows["kv_used_peak"] % block > block - 2
+    assert 0 < rows["kv_used_peak"] <= 8 * block  # one of the nine is the null block
+    weights = (paths["tiny"] / "model.safetensors").stat().st_size
+    assert rows["weights_on_disk"] == weights
+    assert weights < rows["process_pss_peak"] <= rows["process_rss_peak"]
+    assert "KV cache, peak in use" in (folder / "summary.txt").read_text()

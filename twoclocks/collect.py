@@ -34,6 +34,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     services: dict[str, str] = {}  # service.name of spans -> stage
     log: str = "none"
     gpu: str | list[str] = "none"
+    process: int | None = None
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):

@@ -27,10 +27,11 @@ import msgspec
 from twoclocks.collect import SETTLE_S, Answer, Job, tail_limit
 from twoclocks.endpoint import secret_words, tls_context
 from twoclocks.fetch import fetch
-from twoclocks.gpu import GpuSampler, open_gpu
+from twoclocks.gpu import open_gpu
 from twoclocks.log_tail import open_tail
 from twoclocks.otlp_receiver import Receiver, SpanStore
 from twoclocks.page import Key, PageReader, Series
+from twoclocks.process_memory import ProcessMemory, tree
 
 MAX_PAGE_BYTES = 32 * 1024 * 1024
 MAX_SERIES = 100_000
@@ -161,11 +162,14 @@ class Collecting:
         self.pages = [Background(scraper.scrape) for scraper in self.scrapers]
         self.tail = open_tail(job.log, folder / "server.log", secret_words(job.headers.values()))
         sampler, no_gpu = open_gpu(job.gpu)
-        self.gpu = Background(_sampling(sampler, folder / "gpu_samples.jsonl", self.now)) if sampler else None
+        self.gpu = None
+        if sampler:
+            self.gpu = Background(_appending(lambda: sampler.sample(self.now()), folder / "gpu_samples.jsonl"))
+        self.process, no_process = self._open_process(folder / "process_samples.jsonl")
         self.spans = SpanStore(folder, job.services, self.now)
         self.receiver = Receiver(self.spans, job.otlp_host, job.otlp_port, job.otlp_grpc_port)
         self.log_failure = self.tail.failure if self.tail else None
-        self.notes = [note for note in (*self.receiver.notes, self.log_failure, no_gpu) if note]
+        self.notes = [note for note in (*self.receiver.notes, self.log_failure, no_gpu, no_process) if note]
 
     def now(self) -> float:
         """Seconds on the run's clock."""
@@ -175,8 +179,21 @@ class Collecting:
         """What is done each interval beside the pages. Waits for nothing."""
         if self.tail:
             self.tail.copy()
-        if self.gpu:
-            self.gpu.ask()
+        for sampling in (self.gpu, self.process):
+            if sampling:
+                sampling.ask()
+
+    def _open_process(self, path: Path) -> tuple[Background | None, str | None]:
+        """(what samples the memory of the server's process, why there is none)."""
+        if self.job.process is None:
+            return None, None
+        if not tree(self.job.process):
+            return (
+                None,
+                f"collect.process: {self.job.process} is no process of this machine; its memory will be missing",
+            )
+        memory = ProcessMemory(self.job.process)
+        return Background(_appending(lambda: [memory.sample(self.now())], path)), None
 
     def ask_pages(self) -> None:
         """One more scrape of every page that is not still under way. Waits for nothing."""
@@ -233,14 +250,15 @@ class Collecting:
         return Answer(notes=notes, foreign_spans=self.spans.foreign)
 
 
-def _sampling(sampler: GpuSampler, path: Path, now: Callable[[], float]) -> Callable[[], None]:
+def _appending(sample: Callable[[], list[dict[str, Any]]], path: Path) -> Callable[[], None]:
+    """What takes a sample and writes its rows."""
     out = Lines(path.open("ab"))
 
-    def sample() -> None:
-        for row in sampler.sample(now()):
+    def append() -> None:
+        for row in sample():
             out.write(row)
 
-    return sample
+    return append
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     tls_cert: str | None = None  # path of a client certificate with its key (PEM)
     stages: list[Stage] = []  # what stands between the client and the server, the outermost first
     tokenizer: str | None = None  # path of a tokenizer.json; counts answers of servers that send no usage
-    start: Start | None = None  # by `twoclocks run`, which then sets url, model and collect.log
+    start: Start | None = None  # by `twoclocks run`, which then sets url, model, collect.log and .process
 
 
 class MixPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -175,6 +175,7 @@ class Collect(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     otlp_tail_s: NotNegative = 8  # how long the end of a run waits for spans: exporters send a batch every 5 s
     log: str = "none"  # none | file:PATH | command:ARGV
     gpu: str | list[str] = "auto"  # auto (NVML, on this machine) | none | the addresses of DCGM exporters
+    process: Count | NoneWord = "none"  # id of the server's process on this machine: the memory of it and its children
 
 
 class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

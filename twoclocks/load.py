@@ -126,6 +126,11 @@ class Run:
         """The rows of gpu_samples.jsonl; none where no GPU was read."""
         return _json_lines(self.path / "gpu_samples.jsonl")
 
+    @cached_property
+    def process_samples(self) -> list[dict[str, Any]]:
+        """The rows of process_samples.jsonl; none where no process of the server's was sampled."""
+        return [row for row in _json_lines(self.path / "process_samples.jsonl") if "error" not in row]
+
     @property
     def partial(self) -> bool:
         """Whether the run never came to its end."""

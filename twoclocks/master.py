@@ -229,6 +229,7 @@ class MasterSide:
             services={stage.service: stage.name for stage in target.stages if stage.service is not None},
             log=collect.log,
             gpu=collect.gpu,
+            process=None if collect.process == "none" else collect.process,
         )
 
     def _warm_up(self) -> None:

@@ -97,6 +97,8 @@ def page(template: str, **values: Any) -> str:
         gpu_row=terminal.gpu_row,
         gpu_rows=terminal.gpu_rows,
         gpu_words=terminal.gpu_words,
+        memory_name=terminal.memory_name,
+        size=terminal.size,
         add_up=terminal.ADD_UP,
         plain_lines=lambda text: "\n".join(plain(line) for line in text.splitlines()),
         short=terminal.SHORT,

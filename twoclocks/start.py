@@ -68,7 +68,8 @@ class Started(msgspec.Struct, frozen=True):
         values = {"target.url": self.server.url, "target.model": self.server.model}
         if experiment.collect.log == "none":
             values["collect.log"] = f"file:{self.server.log_path}"
-        return [f"{key}={_as_yaml(value)}" for key, value in values.items()]
+        settings = [f"{key}={_as_yaml(value)}" for key, value in values.items()]
+        return settings + ([f"collect.process={self.server.pid}"] if experiment.collect.process == "none" else [])
 
 
 def check(start: Start) -> Plan:

@@ -21,6 +21,7 @@ from twoclocks.gpu_summary import DEFINITIONS as GPU_DEFINITIONS
 from twoclocks.gpu_summary import gpu_figures
 from twoclocks.load import LogSeries, Run, stage_names, stage_urls
 from twoclocks.log_series import MEANING
+from twoclocks.memory_summary import memory_rows
 from twoclocks.metrics import Bools, Floats, definition
 from twoclocks.record import GAVE_UP, HUNG_UP, LEFT
 from twoclocks.scraped import SAME_TRAFFIC, server_window
@@ -85,6 +86,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "log_series": _log_series(run),
         "gpu": _gpu(run),
         "gpu_definitions": GPU_DEFINITIONS,
+        "memory": memory_rows(run),
         "side_effects": expositions.side_effects(run.all_scrapes),
         "checks": [check | {"definition": _check_definition(run, check["name"])} for check in checks(run, cut)],
     }

@@ -104,6 +104,8 @@ def render(summary: dict[str, Any]) -> RenderableType:
         parts.append(_log_series(summary["log_series"]))
     if summary["gpu"]:
         parts.append(_gpu(summary["gpu"]))
+    if summary["memory"]:
+        parts.append(_memory(summary["memory"]))
     parts += [_bullets("Checks", _check_lines(summary["checks"]))]
     if notes := [*summary["notes"], *summary["side_effects"]]:
         parts.append(_bullets("Notes", (Text(plain(note)) for note in notes)))
@@ -570,6 +572,38 @@ def _gpu(gpus: list[dict[str, Any]]) -> RenderableType:
     meanings = GPU_HEADINGS | {"J an output token": GPU_DEFINITIONS["joules_per_output_token"]}
     lines = (Text.assemble((f"{heading}: ", "bold"), meaning, ".") for heading, meaning in meanings.items())
     return Group(table, Text(gpu_words(gpus), style="bold"), _bullets("What the GPU figures mean", lines))
+
+
+MEMORY = {
+    "weights": "weights, in memory",
+    "weights_on_disk": "weights, on disk",
+    "kv_reserved": "KV cache, reserved",
+    "kv_used_peak": "KV cache, peak in use",
+    "process_pss_peak": "server's processes, peak (PSS)",
+    "process_rss_peak": "server's processes, peak (RSS)",
+    "allocator_peak": "torch's allocator, peak",
+    "gpu_used_peak": "GPU memory in use, peak",
+}
+
+
+def memory_name(row: dict[str, Any]) -> str:
+    """How a row of ``memory`` is called; one of another name keeps it."""
+    return MEMORY.get(row["name"], plain(row["name"]))
+
+
+def size(count: int) -> str:
+    """Bytes as a reader sees them."""
+    unit, scale = next(((u, n) for u, n in (("GiB", 2**30), ("MiB", 2**20)) if count >= n), ("KiB", 2**10))
+    return f"{count / scale:,.2f} {unit}" if unit == "GiB" else f"{count / scale:,.1f} {unit}"
+
+
+def _memory(rows: list[dict[str, Any]]) -> RenderableType:
+    table = Table(title="Memory", title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("", "size", "told by, and what it is"):
+        table.add_column(heading, justify="right" if heading == "size" else "left")
+    for row in rows:
+        table.add_row(memory_name(row), size(row["bytes"]), Text(f"{plain(row['source'])}: {plain(row['definition'])}"))
+    return table
 
 
 def _check_lines(checks: list[dict[str, Any]]) -> Iterable[Text]:
