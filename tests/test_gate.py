@@ -247,7 +247,6 @@ def test_repeats_that_differ_more_than_their_requests_decide_less(tmp_path):
     assert judge(parse("ttft.p50 <= +2%"), before[1:2], after[1:2], bars={}, invalid=[]).outcome == "fail"
     found = judge(parse("ttft.p50 <= +2%"), before, after, bars={}, invalid=[], names=("before", "after"))
     assert found.outcome == "not enough data"
-    assert not found.paired
     assert "repeats a side in place of 3" in found.remedy
     assert (found.first, found.other) == ("before", "after")
 

@@ -93,6 +93,28 @@ def test_pairing_by_prompt_is_narrower_and_still_holds_the_truth(statistic, at_m
     assert coverage(by_prompt, lambda two: paired_ratio(*two, statistic, 400), math.exp(0.08)) >= 0.91
 
 
+@pytest.mark.parametrize("statistic", ["mean", "p50"])
+def test_pairing_does_not_hide_what_repeats_scatter(statistic):
+    """Runs that are as a whole faster or slower: prompts tell nothing of it, three repeats do."""
+
+    def sides(rng):
+        prompt = rng.normal(0, 0.5, 60)
+        return tuple(
+            [
+                {str(key): np.exp(prompt[key] + by + run + rng.normal(0, 0.1, 1)) for key in range(60)}
+                for run in rng.normal(0, 0.1, 3)
+            ]
+            for by in (0, 0.08)
+        )
+
+    assert coverage(sides, lambda two: paired_ratio(*two, statistic, 400), math.exp(0.08)) >= 0.91
+    first, other = sides(np.random.default_rng(1))
+    pooled = [{key: np.concatenate([run[key] for run in side]) for key in side[0]} for side in (first, other)]
+    together, apart = paired_ratio(*pooled, statistic), paired_ratio(first, other, statistic)
+    assert apart.estimate == pytest.approx(together.estimate)
+    assert apart.high - apart.low > 2 * (together.high - together.low)
+
+
 def test_many_prompts_are_paired_as_few_are(monkeypatch):
     first, other = by_prompt(np.random.default_rng(1), prompts=1000)
     for statistic in ("mean", "p50", "p95"):

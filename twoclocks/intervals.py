@@ -39,9 +39,11 @@ LEAST = 5
 """Values of which a mean has an interval; percentiles need more, see `least`."""
 REPEATS = 3
 """Repeats from which their scatter is known at all."""
-MANY = 2000
+MANY = 1000
 """Units (requests, prompts) above which their resampled mean is drawn as the normal that it then is."""
 
+Prompts = Mapping[str, Floats] | Sequence[Mapping[str, Floats]]
+"""Prompt id -> its values; with repeats, one such a run."""
 Outcome = Literal["equivalent", "different", "undecided"]
 
 
@@ -126,8 +128,8 @@ def ratio(
 
 
 def paired_difference(
-    first: Mapping[str, Floats],
-    other: Mapping[str, Floats],
+    first: Prompts,
+    other: Prompts,
     statistic: str,
     resamples: int = RESAMPLES,
     seed: int = SEED,
@@ -136,17 +138,17 @@ def paired_difference(
 ) -> Interval | None:
     """statistic(other) - statistic(first) over the prompts that both have; None below `least` prompts.
 
-    ``first``, ``other``: prompt id -> its values, of all its requests and repeats. Each draw takes the same prompts on
+    ``first``, ``other``: prompt id -> its values; with repeats, one such a run. Each draw takes the same prompts on
     both sides, with all their values; so what makes one prompt slower than another cancels out, and the interval speaks
-    of other prompts of the kind. What changed between two runs as a whole is not in it.
+    of other prompts of the kind. What changes from run to run is in it from three repeats on, if given run by run.
     """
     sides = _draw_paired(first, other, statistic, resamples, seed, level)
     return None if sides is None else _minus(*sides, level, paired=True)
 
 
 def paired_ratio(
-    first: Mapping[str, Floats],
-    other: Mapping[str, Floats],
+    first: Prompts,
+    other: Prompts,
     statistic: str,
     resamples: int = RESAMPLES,
     seed: int = SEED,
@@ -225,25 +227,68 @@ def _draw(
 
 
 def _draw_paired(
-    first: Mapping[str, Floats], other: Mapping[str, Floats], statistic: str, resamples: int, seed: int, level: float
+    first: Prompts, other: Prompts, statistic: str, resamples: int, seed: int, level: float
 ) -> tuple[_Drawn, _Drawn] | None:
-    """Both sides, drawn with the same prompts."""
+    """Both sides, drawn with the same prompts; what repeats scatter is drawn for each side by itself."""
     rng = np.random.default_rng(seed)
-    kept = [{key: np.asarray(values)[~np.isnan(values)] for key, values in side.items()} for side in (first, other)]
-    prompts = [key for key in kept[0] if len(kept[0][key]) and len(kept[1].get(key, ()))]
+    sides = [[side] if isinstance(side, Mapping) else list(side) for side in (first, other)]
+    told = [{key for run in side for key, values in run.items() if not np.isnan(values).all()} for side in sides]
+    common = told[0] & told[1]
+    prompts = [key for key in dict.fromkeys(key for run in sides[0] for key in run) if key in common]
     if len(prompts) < least(statistic, level):
         return None
-    pooled = [np.concatenate([side[key] for key in prompts]) for side in kept]
-    codes = [np.repeat(np.arange(len(prompts)), [len(side[key]) for key in prompts]) for side in kept]
+    columns = [_columns(side, prompts) for side in sides]
+    pooled, codes = [values for values, _, _ in columns], [code for _, code, _ in columns]
     found = [float(STATISTICS[statistic](values)) for values in pooled]
     if max(map(len, pooled)) <= MANY:
         weights = rng.multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), size=resamples)
+        weights = weights.astype(np.int32)
         draws = [_weighted(values, weights[:, code], statistic) for values, code in zip(pooled, codes, strict=True)]
     else:
         draws = _draw_moved(pooled, codes, statistic, found, resamples, rng)
-    freedom = len(prompts) - 1
-    one, two = (_Drawn(middle, draw, freedom, len(prompts)) for middle, draw in zip(found, draws, strict=True))
+    scatter = [
+        _scattered(values, run, statistic, middle, resamples, rng)
+        for (values, _, run), middle in zip(columns, found, strict=True)
+    ]
+    # as parts of the figures, so that they have a common measure
+    parts = [(drawn / (abs(middle) or 1.0)) for drawn, middle in zip(draws, found, strict=True)]
+    freedom = _satterthwaite(
+        (float((parts[1] - parts[0]).var()), len(prompts) - 1),
+        *((float((by / (abs(middle) or 1.0)).var()), max(1, len(side) - 1))
+          for by, middle, side in zip(scatter, found, sides, strict=True)),
+    )  # fmt: skip
+    one, two = (
+        _Drawn(middle, drawn + by, freedom, len(prompts))
+        for middle, drawn, by in zip(found, draws, scatter, strict=True)
+    )
     return one, two
+
+
+def _columns(side: Sequence[Mapping[str, Floats]], prompts: Sequence[str]) -> tuple[Floats, Ints, Ints]:
+    """Values of these prompts, and of each the number of its prompt and of its repeat."""
+    known = [
+        (prompt, number, values[~np.isnan(values)])
+        for number, run in enumerate(side)
+        for prompt, key in enumerate(prompts)
+        if (values := np.asarray(run.get(key, ()), dtype=np.float64)).size
+    ]
+    counts = [len(values) for _, _, values in known]
+    return (
+        np.concatenate([values for _, _, values in known]),
+        np.repeat([prompt for prompt, _, _ in known], counts),
+        np.repeat([number for _, number, _ in known], counts),
+    )
+
+
+def _scattered(
+    values: Floats, repeats: Ints, statistic: str, found: float, resamples: int, rng: np.random.Generator
+) -> Floats:
+    """How far from run to run the statistic scatters, drawn; zeros below REPEATS."""
+    sums = [_sums(_scores(values, statistic, found)[repeats == one], repeats[repeats == one]) for one in set(repeats)]
+    _, between = _variances(sums, statistic)
+    if statistic == "mean" or between == 0:
+        return math.sqrt(between) * rng.standard_normal(resamples)
+    return _ranked(values, QUANTILES[statistic], between, rng.uniform(size=resamples)) - found
 
 
 def _weighted(values: Floats, weights: Ints, statistic: str) -> Floats:
@@ -252,7 +297,7 @@ def _weighted(values: Floats, weights: Ints, statistic: str) -> Floats:
         means: Floats = weights @ values / weights.sum(axis=1)
         return means
     order = np.argsort(values)
-    reached = np.cumsum(weights[:, order], axis=1)
+    reached = np.cumsum(weights[:, order], axis=1, dtype=np.int32)
     rank = QUANTILES[statistic] * (reached[:, -1:] - 1)
     lower, upper = ((reached > np.floor(rank) + step).argmax(axis=1) for step in (0, 1))
     upper = np.maximum(lower, upper)  # there is nothing above the last

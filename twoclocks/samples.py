@@ -5,7 +5,7 @@ with all its gaps (ITL), a stretch of time (throughput), a request that failed o
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -125,13 +125,11 @@ def contrast(
 ) -> Contrast:
     """other - first, or other / first.
 
-    Paired by prompt where both sides are latencies of the same PROMPTS or more; with three repeats a side or more,
-    unpaired, so that what changes from run to run is in it.
+    Paired by prompt where both sides are latencies of the same PROMPTS or more.
     """
     if first.unit == "share":
         return Contrast(_of_shares(first, other, kind), paired=False)
-    repeated = min(len(first.values), len(other.values)) >= intervals.REPEATS
-    if not repeated and (pairs := _pairs(first, other)) is not None:
+    if (pairs := _pairs(first, other)) is not None:
         paired = intervals.paired_difference if kind == "difference" else intervals.paired_ratio
         if (found := paired(*pairs, statistic, level=level)) is not None:
             return Contrast(found, paired=True)
@@ -175,7 +173,7 @@ def _of_server(runs: Sequence[Run], metric: str, seconds: float) -> Sample:
 
 
 def _throughput(runs: Sequence[Run], metric: str, seconds: float) -> Sample:
-    rates: list[Floats] = []
+    found: list[Floats] = []
     for run in runs:
         if metric == "output_throughput":
             at, amounts = arrived(run)
@@ -186,13 +184,13 @@ def _throughput(runs: Sequence[Run], metric: str, seconds: float) -> Sample:
             at, amounts = run.measured["sent_at"].fillna(run.measured["intended_at"]).to_numpy(), _good(run)
         else:
             return Sample(metric, THROUGHPUTS[metric], "", missing=f"{run.shown_name} has no SLO, and so no goodput")
-        rates.append(_rates(run, at, amounts))
+        found.append(rates(run, at, amounts))
     meaning = definition({"goodput": metrics.goodput}.get(metric) or getattr(metrics, metric))
-    return _found(Sample(metric, THROUGHPUTS[metric], meaning, rates, seconds=seconds))
+    return _found(Sample(metric, THROUGHPUTS[metric], meaning, found, seconds=seconds))
 
 
-def _rates(run: Run, at: Floats, amounts: Floats) -> Floats:
-    """Per second, in equal parts of the measuring window; their mean is that of the whole."""
+def rates(run: Run, at: Floats, amounts: Floats) -> Floats:
+    """Amounts per second, in equal parts of the measuring window; their mean is that of the whole."""
     start, end = run.window
     longest = max(float(run.ok["e2e"].median()) if len(run.ok) else 0.0, 1e-3)
     if not end > start:
@@ -249,21 +247,23 @@ def _of_shares(first: Sample, other: Sample, kind: str) -> Interval | None:
     return Interval(middle, middle - below, middle + above, n, same=0.0)
 
 
-def _pairs(first: Sample, other: Sample) -> tuple[Mapping[str, Floats], Mapping[str, Floats]] | None:
-    """The values of each side by prompt; None where the sides did not send the same ones."""
+def _pairs(first: Sample, other: Sample) -> tuple[list[dict[str, Floats]], list[dict[str, Floats]]] | None:
+    """The values of each run by prompt; None where the sides did not send the same ones."""
     if first.prompts is None or other.prompts is None:
         return None
-    sides = [_by_prompt(side.prompts or [], side.values) for side in (first, other)]
-    common = sides[0].keys() & sides[1].keys()
-    for side in sides:
-        if sum(len(side[key]) for key in common) < IN_COMMON * sum(map(len, side.values())):
-            return None
-    return (sides[0], sides[1]) if len(common) >= PROMPTS else None
+    sent = [[prompt for run in side for prompt in run] for side in (first.prompts, other.prompts)]
+    common = set(sent[0]) & set(sent[1])
+    if len(common) < PROMPTS or any(sum(one in common for one in of) < IN_COMMON * len(of) for of in sent):
+        return None
+    one, two = (
+        [_by_prompt(ids, values) for ids, values in zip(prompts, side.values, strict=True)]
+        for side, prompts in ((first, first.prompts), (other, other.prompts))
+    )
+    return one, two
 
 
-def _by_prompt(prompts: Sequence[Sequence[str]], values: Sequence[Floats]) -> dict[str, Floats]:
+def _by_prompt(prompts: Sequence[str], values: Floats) -> dict[str, Floats]:
     found: dict[str, list[float]] = {}
-    for ids, of_run in zip(prompts, values, strict=True):
-        for key, value in zip(ids, of_run.tolist(), strict=True):
-            found.setdefault(key, []).append(value)
+    for key, value in zip(prompts, values.tolist(), strict=True):
+        found.setdefault(key, []).append(value)
     return {key: np.array(of_prompt) for key, of_prompt in found.items()}

@@ -81,11 +81,12 @@ def _difference(name: str, first: tuple[Figure, Pooled], other: tuple[Figure, Po
     }  # fmt: skip
 
 
-def by_prompt(ok: pd.DataFrame, metric: str) -> dict[str, Floats]:
-    """Prompt -> the values of all requests with it, of all repeats."""
-    if ok.empty:
-        return {}
-    return {str(prompt): values.to_numpy(dtype=np.float64) for prompt, values in ok.groupby("prompt_id")[metric]}
+def by_prompt(ok: pd.DataFrame, metric: str) -> list[dict[str, Floats]]:
+    """Prompt -> the values of the requests with it, a repeat each: what these scatter belongs in the interval."""
+    return [
+        {str(prompt): values.to_numpy(dtype=np.float64) for prompt, values in rows.groupby("prompt_id")[metric]}
+        for _, rows in ok.groupby("repeat")
+    ]
 
 
 def _error_bar(arm: Arm, name: str) -> float:
