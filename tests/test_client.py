@@ -223,6 +223,34 @@ def test_total_timeout_ends_a_server_of_one_byte_at_a_time():
     assert (record.status, record.error_kind) == ("timeout", "total_timeout")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "This model's maximum context length is 2048 tokens. However, your prompt contains at least 2049 input tokens",
+        "The decoder prompt (length 10127) is longer than the maximum model length of 8192.",
+        "The input (61709 tokens) is longer than the model's context length (40960 tokens).",
+        "request (4390 tokens) exceeds the available context size (4096 tokens), try increasing it",
+        "Context size has been exceeded.",
+        "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 1512. Given: 1000",
+        "Input validation error: `inputs` must have less than 2048 tokens. Given: 2222",
+    ],
+)
+def test_a_prompt_longer_than_the_context_is_a_kind_of_its_own(words):
+    refused = {"error": {"message": words, "type": "BadRequestError"}}
+    whole = answered(*response(400, json.dumps(refused).encode()))
+    begun = answered(HEAD, chunked(event(refused)), END)
+
+    assert {(one.status, one.error_kind, one.error_message) for one in (whole, begun)} == {
+        ("error", "context_length", words)
+    }
+
+
+def test_another_refusal_keeps_its_status():
+    record = answered(*response(400, b'{"error": {"message": "max_tokens must be at least 1; context: chat"}}'))
+
+    assert record.error_kind == "http_400"
+
+
 def leaving(server, **times):
     connection = connect(make_endpoint(Target(url=server.url), PATIENT))
     plan = Plan("0" * 32, Prompt("p", {}), b"{}", **times)

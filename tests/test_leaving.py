@@ -142,6 +142,14 @@ def test_they_are_counted_apart_everywhere(tmp_path):
     assert bench["request_goodput"] * bench["duration"] == pytest.approx(50)
 
 
+def test_prompts_that_do_not_fit_are_told_of_in_a_note(tmp_path):
+    records = [*(left(number) for number in range(8)), left(8, "context_length", tokens=0, status="error")]
+    summary = report.build(write_folder(tmp_path / "run", records)).summary
+
+    assert summary["errors"][0]["kind"] == "context_length"
+    assert any("1 of 9 requests were refused, since prompt and answer do not fit" in note for note in summary["notes"])
+
+
 def test_the_live_view_counts_them_apart():
     figures = Figures()
     for one in (left(0), left(1, "hung_up"), left(2, "gave_up", tokens=0), left(3, "reset", tokens=0)):

@@ -7,6 +7,7 @@ are any; while a stream runs, its bytes are only kept, and they are read for mea
 
 import contextlib
 import math
+import re
 import socket
 import ssl
 import time
@@ -22,12 +23,29 @@ from twoclocks.endpoint import Endpoint
 from twoclocks.experiment import Timeouts
 from twoclocks.http1 import ResponseReader
 from twoclocks.proxy import ProxyRefused, open_tunnel
-from twoclocks.record import GAVE_UP, HUNG_UP, LEFT, STOPPED, TOKEN_KINDS, Phase, Record, Status, run_lengths
+from twoclocks.record import (
+    GAVE_UP,
+    HUNG_UP,
+    LEFT,
+    STOPPED,
+    TOKEN_KINDS,
+    TOO_LONG,
+    Phase,
+    Record,
+    Status,
+    run_lengths,
+)
 from twoclocks.workload import Plan
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 NO_BODY = Body(b"", [], [])
 TGI_HEADERS = {f"x-{name}-time" for name in ("total", "validation", "queue", "inference")} | {"x-time-per-token"}
+REFUSES_LENGTH = re.compile(
+    r"maximum (context|model) length|model's context length|context_length_exceeded|context size\b.*exceed"
+    r"|exceeds? the available context size|`inputs` tokens \+ `max_new_tokens` must be|`inputs` must have less than",
+    re.IGNORECASE,
+)
+"""How servers say that prompt and answer do not fit: vLLM and OpenAI, SGLang (model's), llama.cpp (size), TGI."""
 SO_TIMESTAMPNS = 35  # asm-generic/socket.h; the socket module has no name for it
 
 
@@ -332,9 +350,10 @@ def _failure(exchange: Exchange, stream: Stream, *, streams: bool) -> Failure | 
     if failure is not None and failure.kind == STOPPED:
         return failure  # whatever the server had said: the caller has to know that it was told to stop
     if response.status not in (0, 200):
-        return Failure("error", f"http_{response.status}", _error_text(body) or f"HTTP status {response.status}")
+        told = _error_text(body) or f"HTTP status {response.status}"
+        return Failure("error", TOO_LONG if REFUSES_LENGTH.search(told) else f"http_{response.status}", told)
     if stream.error is not None:
-        return Failure("error", "error_event", stream.error)
+        return Failure("error", TOO_LONG if REFUSES_LENGTH.search(stream.error) else "error_event", stream.error)
     if failure is not None and failure.kind in ("closed", "reset") and response.status:
         # a connection lost after the finish reason has taken nothing from the answer
         return None if stream.ended else Failure("truncated", failure.kind, failure.message)

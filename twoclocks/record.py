@@ -24,6 +24,8 @@ TOKEN_KINDS: tuple[Kind, ...] = ("content", "reasoning", "tool")
 STOPPED, HUNG_UP, GAVE_UP = "stopped", "hung_up", "gave_up"
 """error_kind of status cancelled: cut off by the run's end, or left by its user as the workload asks: as drawn by
 workload.cancel_share, or for want of a first token within workload.patience_s."""
+TOO_LONG = "context_length"
+"""error_kind of a request that the server refused since prompt and answer do not fit the model's context."""
 LEFT = (HUNG_UP, GAVE_UP)
 """Left by their user: no failures of the server, and counted apart everywhere."""
 

@@ -23,7 +23,7 @@ from twoclocks.load import LogSeries, Run, stage_names, stage_urls
 from twoclocks.log_series import MEANING
 from twoclocks.memory_summary import memory_rows
 from twoclocks.metrics import Bools, Floats, definition
-from twoclocks.record import GAVE_UP, HUNG_UP, LEFT
+from twoclocks.record import GAVE_UP, HUNG_UP, LEFT, TOO_LONG
 from twoclocks.scraped import SAME_TRAFFIC, server_window
 from twoclocks.turns import by_turn, sessions
 from twoclocks.verdict import verdict
@@ -572,6 +572,12 @@ def _notes(run: Run) -> list[str]:
     for where in dict.fromkeys(row.get("host") for row in errors):
         of_host = [row for row in errors if row.get("host") == where]
         told.append(f"The GPUs of {where} could not be read {len(of_host)} times, lastly: {of_host[-1]['error']}")
+    if too_long := int((run.measured["error_kind"] == TOO_LONG).sum()):
+        told.append(
+            f"{too_long:,} of {len(run.measured):,} requests were refused, since prompt and answer do not fit the "
+            "model's context. They are failures in these figures; leave them out of the request file, or start the "
+            "server with a longer context."
+        )
     gave_up, judged = int((run.judged["error_kind"] == GAVE_UP).sum()), len(run.judged)
     if gave_up:
         told.append(
