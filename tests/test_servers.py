@@ -244,6 +244,8 @@ def test_a_kept_command_passes_its_exit_code_on(code: str, expected: int) -> Non
             "RuntimeError: engine",
         ),
         ("KeyError: 1\nnoise\nvllm.errors.EngineDeadError: dead\n", "vllm.errors.EngineDeadError: dead"),
+        ("OSError: cause\nRuntimeError: failed. See root cause above.\n", "OSError: cause"),
+        ("RuntimeError: failed. See root cause above.\n", "RuntimeError: failed. See root cause above."),
     ],
 )
 def test_the_telling_line_of_a_log(tmp_path: Path, log: str, expected: str) -> None:

@@ -78,14 +78,16 @@ def run_command(
     variant: str | None = None,
     processes: int = 1,
     api: Api = "chat",
+    tables: bool = True,
 ) -> list[str | Path]:
     """Locust, headless, on the locustfile beside the package, in the current folder, or inside the package.
 
-    Without a server (api in-process) the driver of engines, which takes the same options.
+    Without a server (api in-process) the driver of engines, which takes the same options. tables: Locust's at the end.
     """
     found = [file for file in (ROOT / "load_test.py", Path("load_test.py"), BUNDLED) if file.exists()]
     argv: list[str | Path] = [sys.executable, "-m", "locust", "-f", found[0], "--headless", "--only-summary"]
     argv += ["--processes", str(processes)] if processes > 1 else []
+    argv += [] if tables else ["--without-tables"]
     if api == "in-process":
         argv = [sys.executable, "-m", "twoclocks.in_process"]
     argv += ["--experiment", path]

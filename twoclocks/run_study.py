@@ -140,15 +140,15 @@ class StudyRuns:
         started = list(more[: more.index("--set")]) if more else []  # --started and its file
         experiment = self.experiment_of(cell, overrides)
         chosen = {"target": cell.target or None, "variant": cell.variant or None}
-        command = run_command(self.path, overrides, **chosen, processes=processes, api=experiment.target.api)
+        command = run_command(
+            self.path, overrides, **chosen, processes=processes, api=experiment.target.api, tables=False
+        )
         if experiment.load.shape in ("sweep", "search"):
             levels = LevelRuns.begun(experiment, self.path, overrides, place)
             levels.run(self.child, [*command, *started], self.progress)
             cell.exit_code = levels.exit_code()
         else:
-            cell.exit_code = self.child.run(
-                [*command, *started, "--without-tables", "--no-report", "--run-folder", place]
-            )
+            cell.exit_code = self.child.run([*command, *started, "--no-report", "--run-folder", place])
         cell.ended_at_unix = time.time()
         cell.status, cell.error = outcome(place, stopped=self.child.stopped.is_set())
 

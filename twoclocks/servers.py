@@ -354,14 +354,18 @@ def _first_request(api: Api, stream: bool) -> _First:
 
 
 def last_telling_line(log_path: Path) -> str:
-    """The last line of a log that names an error, else its last line; JSON log lines give their message."""
+    """The last line of a log that names an error, else its last line; JSON log lines give their message.
+
+    A line that only says that the cause stands elsewhere, as vLLM's last one does, is no such line.
+    """
     with log_path.open("rb") as log:
         log.seek(max(0, log_path.stat().st_size - LOG_TAIL_BYTES))
         text = log.read().decode(errors="replace")
     lines = [line for raw in text.splitlines() for line in _message(raw).splitlines() if line.strip()]
     if not lines:
         return "its log is empty"
-    return next((line.strip() for line in reversed(lines) if _TELLING.search(line)), lines[-1].strip())
+    telling = [line for line in lines if _TELLING.search(line) and "root cause above" not in line]
+    return (telling or lines)[-1].strip()
 
 
 def _message(line: str) -> str:
