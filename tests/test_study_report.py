@@ -224,6 +224,16 @@ def test_answers_side_by_side(duel):
     assert "The answers differ from character 3 on." in terminal
 
 
+def test_the_terminal_cuts_no_verdict_and_no_figure(duel):
+    folder, built = duel
+    text = (folder / "summary.txt").read_text()
+
+    assert max(map(len, text.splitlines())) <= 118
+    for row in built.summary["differences"]:
+        if row["figure"] in study_text.IN_SHORT:
+            assert any(row["label"] in line and row["verdict"] in line for line in text.splitlines())
+
+
 def test_memory_is_told_or_is_not(duel):
     _, built = duel
     assert arm(built.summary, "A")["figures"]["memory.weights"]["value"] == 3 * 2**20
@@ -281,6 +291,8 @@ def test_cells_that_are_sweeps(tmp_path):
         json.loads((run.path / "summary.json").read_text())["figures"]["output_throughput"]["value"] for run in rates
     )
     assert arm(built.summary, "A")["figures"]["saturation.output_throughput"]["value"] == pytest.approx(most)
+    figure = arm(built.summary, "A")["figures"]["saturation.output_throughput"]
+    assert figure["low"] < figure["value"] < figure["high"]
     assert [line["target"] for line in built.summary["lines"]] == ["A", "B"]
     assert built.summary["cells"][0]["verdict"] == "SUSPECT"
 

@@ -17,8 +17,15 @@ from twoclocks.calibration import calibration_of, error_bars
 from twoclocks.errors import TwoclocksError
 from twoclocks.expositions import Scrapes
 from twoclocks.load import Run, load_run
+from twoclocks.metrics import Floats
 from twoclocks.run_levels import SWEEP_FILE
 from twoclocks.study import Cell, Study
+from twoclocks.summary import arrived
+
+BLOCKS = 10
+"""Stretches into which the measuring window of a run is cut, so that a throughput of one run has an interval."""
+MOST = {"output_throughput": "tokens_per_s", "request_throughput": "achieved"}
+"""Throughput -> the column of a sweep's levels that holds it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class Arm:
     runs: list[Run] = field(default_factory=list)  # one a cell; none where the cells are sweeps
     summaries: list[dict[str, Any]] = field(default_factory=list)  # of the same runs
     sweeps: list[dict[str, Any]] = field(default_factory=list)  # summaries of curves, one a cell
+    tops: list[dict[str, Floats]] = field(default_factory=list)  # of each sweep: MOST -> blocks of the level with most
     metas: list[dict[str, Any]] = field(default_factory=list)  # run.json of each run, or of each level of the sweeps
 
     @property
@@ -123,6 +131,9 @@ def _read(folder: Path, arm: Arm, progress: Callable[[str], None]) -> None:
         sweep = curves.build(folder, progress).summary
         levels = [row["folder"] for row in sweep["levels"] if row.get("achieved") is not None]
         arm.metas += [json.loads((folder / level / "run.json").read_bytes()) for level in levels]  # read before: sound
+        arm.tops.append(
+            {name: top for name, key in MOST.items() if (top := _top(folder, sweep, name, key)) is not None}
+        )
         arm.sweeps.append(sweep)
         return
     summary = report.build(folder, progress).summary
@@ -130,3 +141,26 @@ def _read(folder: Path, arm: Arm, progress: Callable[[str], None]) -> None:
     arm.runs.append(run)
     arm.metas.append(run.meta)
     arm.summaries.append(summary)
+
+
+def blocks(run: Run) -> dict[str, Floats]:
+    """Throughputs of each tenth of the measuring window: output tokens/s, and requests/s that ended ok."""
+    start, end = run.window
+    if not end > start:
+        return {}
+    edges = np.linspace(start, end, BLOCKS + 1)
+    ended = run.measured["ended_at"].to_numpy()[(run.measured["status"] == "ok").to_numpy()]
+    at, carried = arrived(run)
+    return {
+        "output_throughput": np.histogram(at, edges, weights=carried)[0] / np.diff(edges),
+        "request_throughput": np.histogram(ended, edges)[0] / np.diff(edges),
+    }
+
+
+def _top(folder: Path, sweep: dict[str, Any], name: str, key: str) -> Floats | None:
+    """The blocks of the level with the most of one throughput."""
+    told = [row for row in sweep["levels"] if row.get(key) is not None]
+    if not told:
+        return None
+    best = max(told, key=lambda row: row[key])
+    return blocks(load_run(folder / best["folder"])).get(name)

@@ -4,7 +4,7 @@ Pure. A figure keeps the values that it was made of, so that a ratio of any two 
 not known is absent or None.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,16 +16,17 @@ from twoclocks import expositions, intervals, metrics
 from twoclocks.clocks import CLOCKS
 from twoclocks.load import Run
 from twoclocks.metrics import Floats, Ints, definition
-from twoclocks.study_arms import Arm, Pooled
-from twoclocks.summary import arrived
+from twoclocks.study_arms import MOST, Arm, Pooled, blocks
 
 PERCENTILES = (50, 95, 99)
-BLOCKS = 10
-"""Stretches into which the measuring window of a run is cut, so that a throughput of one run has an interval."""
 LATENCIES = {
     "ttft": ("TTFT", metrics.ttft),
     "tpot": ("TPOT", metrics.tpot),
     "e2e": ("E2E", metrics.e2e),
+}
+RATES: dict[str, tuple[str, str, Callable[..., Any]]] = {
+    "output_throughput": ("output tokens/s", "tokens/s", metrics.output_throughput),
+    "request_throughput": ("requests/s", "requests/s", metrics.request_throughput),
 }
 BATCH = (
     "batch wall time = first request of a batch sent -> last token of its last one; batches in which every request "
@@ -100,7 +101,7 @@ def difference(first: Figure, other: Figure) -> intervals.Interval | None:
 def figures(arm: Arm, pool: Pooled) -> dict[str, Figure]:
     """Every figure of an arm that there is."""
     if arm.sweeps:
-        return _sweeps(arm.sweeps)
+        return _sweeps(arm)
     if not arm.runs:
         return {}
     found = _requests(pool, len(arm.runs)) | _latencies(pool) | _throughputs(arm.runs)
@@ -168,29 +169,21 @@ def spread(
 
 
 def _throughputs(runs: Sequence[Run]) -> dict[str, Figure]:
-    """Tokens and requests per second of the measuring windows and of tenths of them; every run weighs the same."""
-    tokens, requests = list[Floats](), list[Floats]()
-    for run in runs:
-        start, end = run.window
-        if end > start:
-            edges = np.linspace(start, end, BLOCKS + 1)
-            ended = run.measured["ended_at"].to_numpy()[(run.measured["status"] == "ok").to_numpy()]
-            at, carried = arrived(run)
-            tokens.append(np.histogram(at, edges, weights=carried)[0] / np.diff(edges))
-            requests.append(np.histogram(ended, edges)[0] / np.diff(edges))
-    if not tokens:
+    """Tokens and requests per second of the measuring windows; every run weighs the same."""
+    parts = [of_run for run in runs if (of_run := blocks(run))]
+    if not parts:
         return {}
-
-    def rate(label: str, unit: str, meaning: str, parts: list[Floats]) -> Figure:
-        each: list[float | None] = [float(part.mean()) for part in parts]
-        meaning = f"{meaning.rstrip('.')}; mean of the repeats"
-        return Figure(float(np.mean(parts)), unit, label, meaning, None, each, Sample("mean", parts))
-
-    token_rate, request_rate = definition(metrics.output_throughput), definition(metrics.request_throughput)
     return {
-        "output_throughput": rate("output tokens/s", "tokens/s", token_rate, tokens),
-        "request_throughput": rate("requests/s", "requests/s", request_rate, requests),
+        name: rate(label, unit, f"{definition(function).rstrip('.')}; mean of the repeats", [of[name] for of in parts])
+        for name, (label, unit, function) in RATES.items()
     }
+
+
+def rate(label: str, unit: str, meaning: str, parts: list[Floats]) -> Figure:
+    """A throughput of runs, of which ``parts`` are the blocks; no interval where most blocks saw nothing."""
+    each: list[float | None] = [float(part.mean()) for part in parts]
+    enough = np.mean([part > 0 for part in parts]) > 0.5
+    return Figure(float(np.mean(parts)), unit, label, meaning, None, each, Sample("mean", parts) if enough else None)
 
 
 def _batches(arm: Arm, pool: Pooled) -> dict[str, Figure]:
@@ -287,7 +280,7 @@ def _kv(arm: Arm) -> dict[str, Figure]:
         samples += sum(map(len, inside))
         peaks.append(max((float(usage.max()) for usage in inside if len(usage)), default=None))
     told = [peak for peak in peaks if peak is not None]
-    if not told:
+    if not any(told):  # 0 while requests ran: its scrapes fell between them
         return {}
     meaning = (
         "largest value of the server's gauge of KV cache usage in the measuring window, of all repeats; what lies "
@@ -316,21 +309,23 @@ def _memory(arm: Arm) -> dict[str, Figure]:
     return found
 
 
-def _sweeps(sweeps: Sequence[dict[str, Any]]) -> dict[str, Figure]:
-    """Of sweeps: where they saturate, and the most that any level got through. One value a sweep."""
+def _sweeps(arm: Arm) -> dict[str, Figure]:
+    """Of sweeps: where they saturate, and the most that any level got through."""
     found: dict[str, Figure] = {}
-    rows = [[row for row in sweep["levels"] if row.get("achieved") is not None] for sweep in sweeps]
-    for name, key, label, unit in (
-        ("saturation.output_throughput", "tokens_per_s", "most output tokens/s of any level", "tokens/s"),
-        ("saturation.request_throughput", "achieved", "most requests/s of any level", "requests/s"),
-        ("saturation.goodput", "goodput", "most goodput of any level, requests/s", "requests/s"),
-    ):
-        most = [max((row[key] for row in of if row[key] is not None), default=None) for of in rows]
-        known = [value for value in most if value is not None]
-        if known:
-            meaning = f"the level of a sweep with the largest {key}; mean of the repeats"
-            found[name] = Figure(float(np.mean(known)), unit, label, meaning, len(known), most)
-    points = [sweep["knee"] for sweep in sweeps if sweep["knee"]["reached"]]
+    for name in MOST:
+        label, unit, function = RATES[name]
+        tops = [top[name] for top in arm.tops if name in top]
+        if tops:
+            meaning = f"{definition(function).rstrip('.')}; of the level of a sweep that has most; mean of the repeats"
+            found[f"saturation.{name}"] = rate(f"most {label} of any level", unit, meaning, tops)
+    rows = [[row for row in sweep["levels"] if row.get("achieved") is not None] for sweep in arm.sweeps]
+    good = [[row["goodput"] for row in of if row["goodput"] is not None] for of in rows]
+    if all(good):
+        most: list[float | None] = [max(of) for of in good]
+        meaning = "goodput of the level of a sweep that has most; mean of the repeats"
+        value = float(np.mean([max(of) for of in good]))
+        found["saturation.goodput"] = Figure(value, "requests/s", "most goodput of any level", meaning, None, most)
+    points = [sweep["knee"] for sweep in arm.sweeps if sweep["knee"]["reached"]]
     if points:
         values = [point["value"] for point in points]
         unit, meaning = points[0]["unit"], points[0]["definition"]

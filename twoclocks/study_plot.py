@@ -11,13 +11,14 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from twoclocks.plots import INK, QUIET, printable
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a7500")
 MARKERS = "osD^vP*X"
 GIB = 2.0**30
+SHARED = {"sampling": ("one request of n choices", "-"), "beam search": ("one beam search of n", "-.")}
 
 
 def drift_plot(rows: Sequence[dict[str, Any]], labels: dict[str, tuple[str, str]], path: Path) -> None:
@@ -41,6 +42,8 @@ def drift_plot(rows: Sequence[dict[str, Any]], labels: dict[str, tuple[str, str]
         values = [value for row in rows if (value := row["values"].get(name)) is not None]
         if min(values) > 0 and max(values) > 8 * min(values):
             axes.set_yscale("log")
+            for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                formatted(LogFormatter(minor_thresholds=(1.5, 0.5)))
         else:
             axes.set_ylim(0, 1.15 * max(values) * factor or 1)
         _finish(axes, label, "cell, in order of time", "ms" if unit == "s" else unit)
@@ -72,7 +75,7 @@ def curves_plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
     for axes in (throughput, ttft, e2e):
         axes.set_xlim(left=0)
         axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
-    _legend(figure, [throughput])
+    _legend(figure, [throughput, ttft, e2e])
     figure.savefig(path)
 
 
@@ -88,8 +91,9 @@ def memory_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         texts = ["not told" if row[key] is None else _size(row[key]) for row in rows]
         axes.bar_label(bars, texts, padding=4, fontsize=9, color=QUIET)
     axes.set_yticks(range(len(rows)), [printable(textwrap.fill(row["name"], 30)) for row in rows])
-    axes.invert_yaxis()
     _finish(axes, "Memory", "GiB", "")
+    axes.grid(visible=False, axis="y")
+    axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.margins(x=0.18)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path)
@@ -102,17 +106,22 @@ def sharing_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     targets = list(dict.fromkeys(row["target"] for row in rows))
     for place, target in enumerate(targets):
         look = _look(place)
-        for several, words, dash in ((True, "one request of n choices", "-"), (False, "n separate requests", "--")):
-            of_target = [row for row in rows if row["target"] == target]
-            mine = [row for row in of_target if (row["choices"] > 1) == several or row["sequences"] == 1]
-            if len(mine) > 1:
-                at = [row["sequences"] for row in mine]
-                style = look | {"linestyle": dash, "markerfacecolor": look["color"] if several else "white"}
-                axes.plot(at, [row["used"] * factor for row in mine], label=_name(target, words), **style)
-        alone = [row["used"] for row in rows if (row["target"], row["sequences"]) == (target, 1)]
+        of_target = [row for row in rows if row["target"] == target]
+        alone = [row for row in of_target if row["sequences"] == 1]
+        several = {how: [row for row in of_target if row["choices"] > 1 and row["how"] == how] for how in SHARED}
+        apart = [row for row in of_target if row["choices"] == 1 and row["sequences"] > 1]
+        for mine, words, dash in [
+            *((several[how], text, dash) for how, (text, dash) in SHARED.items()),
+            (apart, "n separate requests", "--"),
+        ]:
+            if mine:
+                of_line = [*alone, *mine]
+                style = look | {"linestyle": dash, "markerfacecolor": "white" if mine is apart else look["color"]}
+                at, used = [row["sequences"] for row in of_line], [row["used"] * factor for row in of_line]
+                axes.plot(at, used, label=_name(target, words), **style)
         if alone:
             most = max(row["sequences"] for row in rows)
-            used = [alone[0] * factor * n for n in (1, most)]
+            used = [alone[0]["used"] * factor * n for n in (1, most)]
             axes.plot([1, most], used, color=look["color"], ls=":", lw=1, label=_name(target, "one alone, times n"))
     _finish(axes, "", "sequences at once", "MiB" if rows[0]["unit"] == "bytes" else "% of the cache")
     axes.set_ylim(bottom=0)
@@ -135,7 +144,7 @@ def _dash(place: int) -> Any:
 
 
 def _name(*parts: str) -> str:
-    return printable(textwrap.shorten(", ".join(part for part in parts if part), 60, placeholder=" ..."))
+    return printable(", ".join(textwrap.shorten(part, 30, placeholder=" ...") for part in parts if part))
 
 
 def _size(size: float) -> str:
@@ -152,7 +161,8 @@ def _finish(axes: Axes, title: str, across: str, up: str) -> None:
 
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """One for the whole figure, below it."""
-    found = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True)) if panels else {}
+    """One for the whole figure, below it, of the lines of all panels."""
+    found = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    columns = 3 if len(panels) > 1 else 2  # a single panel is narrower
     if found:
-        figure.legend(found.values(), found.keys(), loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+        figure.legend(found.values(), found.keys(), loc="outside lower left", ncols=columns, frameon=False, fontsize=9)

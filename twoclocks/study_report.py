@@ -81,7 +81,8 @@ def build(folder: Path, progress: Callable[[str], None] = lambda _: None) -> Bui
             for name in DRIFT
             if any(name in of for of in of_arms)
         },
-        "order_words": f"Order: {study.order}. Run one after the other: {by_order(arms)}.",
+        "repeated": any(len(arm.cells) > 1 for arm in arms),
+        "order_words": order_words(study, arms),
         "lines": lines(arms, of_arms),
         "memory": memory_bars(arms, of_arms),
         "sharing": sharing(arms, of_arms),
@@ -120,6 +121,14 @@ def machine(arms: Sequence[Arm]) -> str:
         return "The runs do not say on which machine they were measured."
     on = " and ".join(hosts)
     return f"Measured on {on}, {', '.join(gpus) if gpus else 'no GPU seen'}; the machine is that of the load generator."
+
+
+def order_words(study: Study, arms: Sequence[Arm]) -> str:
+    """In which order the targets were run, and whether a drift of the machine could be seen."""
+    words = f"Order: {study.order}. Run one after the other: {by_order(arms) or 'nothing'}."
+    if any(len(arm.cells) > 1 for arm in arms):
+        return words
+    return f"{words} Each was run once, so that a drift of the machine cannot be told from a difference."
 
 
 def partial(study: Study, cells: Sequence[dict[str, Any]]) -> list[str]:
@@ -225,7 +234,7 @@ def _draw(folder: Path, summary: dict[str, Any], shown: Sequence[Shown]) -> dict
         study_plot.sharing_plot(summary["sharing"], folder / PLOTS / "kv_sharing.png")
         caption = "Dotted: what one sequence alone uses, times as many; worked out, not measured."
         add(study_tables.MEMORY, "kv_sharing.png", "KV cache used over sequences at once", caption)
-    if len(summary["drift"]) > 1:
+    if summary["repeated"]:
         study_plot.drift_plot(summary["drift"], summary["followed"], folder / PLOTS / "drift.png")
         caption = "Where time had decided, all would rise or fall together."
         add(study_tables.DRIFT, "drift.png", "Each cell's own figures in order of time", caption)

@@ -32,7 +32,7 @@ def drift(arms: Sequence[Arm], figures: Sequence[Figures]) -> list[dict[str, Any
 
 
 def by_order(arms: Sequence[Arm]) -> str:
-    """The targets in the order in which their cells were run, such as A B B A; runs of the same one stand once."""
+    """The targets in the order in which their cells were run, such as A, B, A; runs on end of one stand once."""
     cells = sorted((cell.number, arm.target or arm.name) for arm in arms for cell in arm.cells)
     names = [name for _, name in cells]
     return ", ".join(name for before, name in zip([None, *names], names, strict=False) if name != before)
@@ -97,8 +97,8 @@ def sharing(arms: Sequence[Arm], figures: Sequence[Figures]) -> list[dict[str, A
         choices, at_once = parallel(arm)
         rows.append(
             {
-                "target": arm.target, "variant": arm.variant, "choices": choices, "requests": at_once,
-                "sequences": choices * at_once, "used": of[name].value, "unit": of[name].unit,
+                "target": arm.target, "variant": arm.variant, "how": decoding(arm), "choices": choices,
+                "requests": at_once, "sequences": choices * at_once, "used": of[name].value, "unit": of[name].unit,
                 "definition": of[name].definition, "share_saved": None,
             }
         )  # fmt: skip
@@ -112,7 +112,14 @@ def sharing(arms: Sequence[Arm], figures: Sequence[Figures]) -> list[dict[str, A
         ]  # fmt: skip
         if row["choices"] > 1 and separate and np.mean(separate) > 0:
             row["share_saved"] = 1 - row["used"] / float(np.mean(separate))
-    return sorted(rows, key=lambda row: (row["target"], row["choices"] > 1, row["sequences"]))
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    return sorted(rows, key=lambda row: (targets.index(row["target"]), row["choices"] > 1, row["sequences"]))
+
+
+def decoding(arm: Arm) -> str:
+    """How an arm asked for its choices: beam search, or sampling."""
+    body = (arm.experiment.get("target") or {}).get("extra_body") or {}
+    return "beam search" if body.get("use_beam_search") else "sampling"
 
 
 def parallel(arm: Arm) -> tuple[int, int]:

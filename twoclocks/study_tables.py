@@ -186,8 +186,11 @@ def side(of: dict[str, Any] | None, claim: dict[str, Any]) -> str:
     if of is None:
         return DASH
     who = ", ".join(part for part in (of["target"], of["variant"]) if part)
-    told = f"{estimate(of)} {shown_unit(of['unit'])}".strip() if "value" in of else "not measured"
-    return f"{who}: {claim['figure']} {told}" if who else f"{claim['figure']} {told}"
+    told = f"{claim['figure']} not measured"
+    if "value" in of:
+        unit = "" if shown_unit(of["unit"]) in of["label"] else shown_unit(of["unit"])
+        told = f"{of['label']} {estimate(of)} {unit}".strip()
+    return f"{who}: {told}" if who else told
 
 
 def yes(value: bool | None) -> str:
@@ -195,10 +198,12 @@ def yes(value: bool | None) -> str:
     return DASH if value is None else "yes" if value else "no"
 
 
-def differences_tables(summary: dict[str, Any]) -> list[Table]:
-    """A table a target and variant: against the first target."""
+def differences_tables(summary: dict[str, Any], names: Sequence[str] | None = None) -> list[Table]:
+    """A table a target and variant: against the first target; of all figures that are compared, or of some."""
     tables: dict[tuple[str, str, str], list[list[str]]] = {}
     for row in summary["differences"]:
+        if names is not None and row["figure"] not in names:
+            continue
         unit = row["unit"]
         apart = number(row["difference"], unit)
         apart = f"+{apart}" if (row["difference"] or 0) > 0 else apart
@@ -242,8 +247,8 @@ def clock_tables(summary: dict[str, Any]) -> list[Table]:
 
 
 def drift_table(summary: dict[str, Any]) -> Table | None:
-    """Every cell in the order of time, with what it measured by itself."""
-    if len(summary["drift"]) < 2:
+    """Every cell in the order of time, with what it measured by itself; where anything was run more than once."""
+    if not summary["repeated"]:
         return None
     names = [name for name in summary["followed"] if any(name in row["values"] for row in summary["drift"])]
     headings = ["cell", *(with_unit(label, unit) for label, unit in (summary["followed"][name] for name in names))]

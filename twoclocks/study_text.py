@@ -11,6 +11,7 @@ from rich.text import Text
 
 from twoclocks.errors import plain
 from twoclocks.study_tables import (
+    DRIFT,
     Table,
     claims_table,
     differences_tables,
@@ -23,6 +24,11 @@ from twoclocks.study_tables import (
 )
 from twoclocks.terminal import number, to_text
 
+IN_SHORT = (
+    "ttft.p50", "tpot.mean", "e2e.mean", "batch_wall.mean", "output_throughput", "batch_throughput.mean",
+    "saturation.output_throughput", "memory.kv_used_peak", "memory.process_rss_peak",
+)  # fmt: skip
+"""What of the differences the terminal shows."""
 ANSWER_LINES, ANSWER_WIDTH = 4, 100
 """How much of an answer the terminal shows."""
 
@@ -47,7 +53,7 @@ def terminal_text(summary: dict[str, Any]) -> str:
     parts += [Text(plain(line)) for line in verdict_lines(summary)]
     claimed = claims_table(summary)
     optional = [table for table in (lines_table(summary), sharing_table(summary)) if table is not None]
-    for table in [overview(summary), *map(narrow, differences_tables(summary)), *optional]:
+    for table in [overview(summary), *map(narrow, differences_tables(summary, IN_SHORT)), *optional]:
         parts.append(_rich(table))
     if claimed is not None:
         parts += [Text("Claims", style="bold"), *_claim_lines(summary, claimed)]
@@ -70,7 +76,7 @@ def duel_text(summary: dict[str, Any]) -> str:
         parts.append(
             Text("No answers were kept for a prompt that two targets answered; ask for them: output_text: true")
         )
-    parts += [_rich(narrow(table)) for table in differences_tables(summary)]
+    parts += [_rich(narrow(table)) for table in differences_tables(summary, IN_SHORT)]
     parts.append(Text(plain(summary["machine"]), style="dim"))
     return to_text(Group(*(Padding(part, (0, 0, 1, 0)) for part in parts)))
 
@@ -85,7 +91,7 @@ def markdown(summary: dict[str, Any]) -> str:
     if claimed is not None:
         lines += ["## What was claimed, and what was measured here", "", *_md_table(claimed)]
     for title, note, tables in sections(summary):
-        if not tables:
+        if not tables and title != DRIFT:
             continue
         lines += [f"## {title}", "", *([md(note), ""] if note else [])]
         for table in tables:
@@ -148,9 +154,9 @@ def _answer(row: dict[str, Any]) -> dict[str, Any]:
 
 def narrow(table: Table) -> Table:
     """A table of differences for a terminal: the ratio alone, since the difference follows from the figures."""
-    kept = [column for column, heading in enumerate(table.headings) if heading != "difference"]
+    kept = [column for column, heading in enumerate(table.headings) if heading not in ("difference", "paired")]
     rows = [[row[column] for column in kept] for row in table.rows]
-    return replace(table, headings=[table.headings[column] for column in kept], rows=rows, words=(4, 5))
+    return replace(table, headings=[table.headings[column] for column in kept], rows=rows, words=(4,))
 
 
 def _md_table(table: Table) -> list[str]:
@@ -168,10 +174,8 @@ def _rich(table: Table) -> RenderableType:
         title=Text(plain(table.title)), title_style="bold", title_justify="left", show_edge=False, pad_edge=False
     )
     for column, heading in enumerate(table.headings):
-        words = table.is_words(column)
-        widest = max((len(row[column]) for row in table.rows), default=0)
-        narrow = min(widest, 30 if words else 24)  # a figure and its interval stay on one line
-        made.add_column(Text(plain(heading)), justify="left" if words else "right", overflow="fold", min_width=narrow)
+        justify: Any = "left" if table.is_words(column) else "right"
+        made.add_column(Text(plain(heading)), justify=justify, overflow="fold")
     for row in table.rows:
         made.add_row(*(Text(plain(cell)) for cell in row))
     return made
