@@ -119,3 +119,16 @@ def test_gaps_of_a_stream_add_up_to_its_span(streams):
     assert np.bincount(found.request, weights=found.seconds, minlength=len(streams)) == pytest.approx(expected)
     value, _ = metrics.tpot(chunks(*rows), np.array([float(len(gaps)) for gaps in streams]))
     assert value == pytest.approx([np.mean(gaps[1:]) for gaps in streams])
+
+
+def test_the_latency_of_a_batch_is_from_its_first_send_to_its_last_end():
+    batch = np.array([7, 3, 7, 3, 9, 9])
+    sent, ended = np.array([1.1, 10.0, 1.0, 10.2, 20.0, 20.0]), np.array([3.0, 12.0, 4.5, 11.0, 21.0, 22.0])
+    whole = np.array([True, True, True, True, True, False])
+    made = metrics.batches(batch, sent, ended, np.array([5.0, 6.0, 7.0, 8.0, 9.0, np.nan]), whole)
+
+    # by hand: batch 3 from 10.0 to 12.0 with 6 + 8 tokens, batch 7 from 1.0 to 4.5 with 5 + 7; batch 9 is not whole
+    assert made.seconds == pytest.approx([2.0, 3.5])
+    assert list(made.requests) == [2, 2]
+    assert made.tokens == pytest.approx([14.0, 12.0])
+    assert len(metrics.batches(*np.empty((4, 0)), np.empty(0, bool)).seconds) == 0

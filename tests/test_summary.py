@@ -538,3 +538,62 @@ def test_what_the_warm_up_came_to_is_told(tmp_path, stable, words):
 
     assert summary["warmup"]["seconds"] == 3.2
     assert terminal.warmup_words(summary).endswith(words)
+
+
+def batch_run(folder, *records, **meta):
+    """A run of shape batch, three at once."""
+    write_folder(folder, list(records), **meta)
+    (folder / "experiment.yaml").write_text("load: {shape: batch, batch: 3}\n")
+    return twoclocks.load_run(folder)
+
+
+def test_batches_are_told_apart_by_worker_and_by_when_they_were_due(tmp_path):
+    """Two workers' batches at the same second; one batch with a failure, one too small, one to warm up: left out."""
+
+    def three(first, due, durations, **fields):
+        return [
+            streamed(first + n, due + 0.1 * n, late=0.1 * n, **({"ended_at": due + 0.1 * n + took} | fields))
+            for n, took in enumerate(durations)
+        ]
+
+    run = batch_run(
+        tmp_path / "r",
+        *three(0, -4.0, [1, 1, 1], phase="warmup"),
+        *three(10, 1.0, [0.5, 0.5, 1.0]),  # 1.2 s: the last is sent at 1.2 and ends at 2.2
+        *three(20, 1.0, [3.0, 0.5, 0.5], worker=1),  # 3 s
+        *three(30, 5.0, [1, 1]),
+        *three(40, 6.0, [1, 1, 1])[:2],
+        streamed(42, 6.2, late=0.2, status="error", error_kind="reset"),
+    )
+    summary = summarise(run)
+    figures = summary["figures"]
+    text = terminal.to_text(terminal.render(summary))
+
+    assert figures["batches"]["value"] == 2
+    assert figures["batch_latency"]["mean"] == pytest.approx((1.2 + 3) / 2)
+    assert figures["batch_latency"]["max"] == pytest.approx(3)
+    assert figures["batch_latency_per_request"]["mean"] == pytest.approx((1.2 + 3) / 2 / 3)
+    assert figures["batch_throughput"]["mean"] == pytest.approx((12 / 1.2 + 12 / 3) / 2)
+    assert "Batch latency: first sent, last ended" in text
+    assert "Batch latency / requests of the batch" in text
+    assert (
+        "batch_latency"
+        not in summarise(twoclocks.load_run(write_folder(tmp_path / "s", [streamed(1, 1.0)])))["figures"]
+    )
+
+
+def test_a_run_without_a_server_speaks_of_none(tmp_path):
+    target = {"name": "pytorch", "server": "pytorch", "api": "in-process", "model": "m"}
+    run = batch_run(
+        tmp_path / "r", *(streamed(n, 1.0, token_source="usage", prompt_tokens=9) for n in range(3)), target=target
+    )
+    summary = summarise(run)
+    text = " ".join(terminal.to_text(terminal.render(summary)).split())
+    page = report.build(tmp_path / "r").html.read_text()
+
+    assert summary["untold"] == summary["waterfall"] == summary["checks"] == []
+    assert "due" not in summary["figures"]
+    assert "As the engine's process stamped it" in text
+    for word in ("As the client saw it", "calibrate", "HTTP", "joined", "/metrics", "offered"):
+        assert word not in text
+        assert word not in page.partition("<h2>Over time")[0].partition("<body>")[2]

@@ -25,6 +25,8 @@ SAME_S = 0.001
 def checks(run: Run, waterfalls: Sequence[Waterfall] = ()) -> list[dict[str, Any]]:
     """What can be held against each other in this run: name, passed (None: could not be told), text."""
     found = [_all_joined(run.ok), _not_before_server(run.ok), _same_counts(run.ok)]
+    if run.in_process:  # there is no second clock, and no counter but the engine's own
+        found = []
     optional = (_rows_joined(run), _parts_not_negative(waterfalls), _sources_agree(run.ok), _cache_as_planned(run))
     found += [check for check in optional if check is not None]
     if run.scrapes:
@@ -185,7 +187,8 @@ def _cache_as_planned(run: Run) -> Found | None:
     hits = cache_hits(run)
     if hits is None:
         return None
-    text = f"The server answered {hits.share:.1%} of the prompt tokens from its prefix cache"
+    who = "engine" if run.in_process else "server"
+    text = f"The {who} answered {hits.share:.1%} of the prompt tokens from its prefix cache"
     if not hits.share:
         return "prefix_cache", True, f"{text}."
     rest = f"{hits.unexplained:.1%} in prompts that this run had not sent before (a common beginning, or a warm cache)"

@@ -132,6 +132,11 @@ class Run:
         return [row for row in _json_lines(self.path / "process_samples.jsonl") if "error" not in row]
 
     @property
+    def in_process(self) -> bool:
+        """Whether it ran an engine without a server, so that there is no other side."""
+        return bool((self.meta.get("target") or {}).get("api") == "in-process")
+
+    @property
     def partial(self) -> bool:
         """Whether the run never came to its end."""
         return bool(self.meta.get("status") != "finished")

@@ -157,6 +157,29 @@ def binned(at: Floats, amounts: Floats, window: tuple[float, float], count: int)
     return sums.astype(np.float64)
 
 
+@dataclass(frozen=True)
+class Batches:
+    """Whole batches: one entry a batch."""
+
+    seconds: Floats  # the batch's latency
+    requests: Ints
+    tokens: Floats  # output tokens of all its requests
+
+
+def batches(batch: Ints, sent_at: Floats, ended_at: Floats, tokens: Floats, whole: Bools) -> Batches:
+    """Batch latency = last answer ended - first request sent, of the requests of one batch.
+
+    ``batch``: the number of each request's batch; of batches in which a request is not ``whole`` there is none.
+    """
+    numbers, row = np.unique(batch, return_inverse=True)
+    first, last = np.full(len(numbers), np.inf), np.full(len(numbers), -np.inf)
+    np.minimum.at(first, row, sent_at)
+    np.maximum.at(last, row, ended_at)
+    kept = np.bincount(row, weights=~whole, minlength=len(numbers)) == 0
+    made = np.bincount(row, weights=tokens, minlength=len(numbers))
+    return Batches((last - first)[kept], np.bincount(row, minlength=len(numbers))[kept], made[kept])
+
+
 def meets_slo(ok: Bools, values: dict[str, Floats], limits: dict[str, float]) -> Bools:
     """Good request = ended ok, with each of TTFT, TPOT and E2E within its limit.
 

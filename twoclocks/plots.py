@@ -122,7 +122,7 @@ def _panels(runs: Sequence[Shown]) -> list[Panel]:
     ):
         pairs = [(Side(run.ok[metric].dropna().to_numpy(), "no value"), _server_side(run, metric)) for run in runs]
         panels.append(Panel(name, pairs, [f"Client: {definition(function)}", *_told_notes(runs, pairs)]))
-    silence = "this server tells\nno single gaps"
+    silence = "no server tells\nsingle gaps"
     pairs = [(Side(run.gaps.seconds, "no value"), _window_mean(run, "itl", silence)) for run in runs]
     notes = [f"Client: {definition(metrics.chunk_gaps)}", *_told_notes(runs, pairs)]
     panels.append(Panel("Inter-token latency (ITL), chunk gaps", pairs, notes))
@@ -150,7 +150,7 @@ def _server_side(run: Shown, metric: str) -> Side:
         values = own[f"server_{metric}"].to_numpy(dtype=np.float64)
         meaning = f"Server ({source}, {kind}): {CLOCKS[source, kind][metric].text}."
         return Side(values, meaning=meaning, told_by=(source, kind), left_out=len(told) - len(own))
-    return _window_mean(run, metric, "no per-request figure\nfrom this server")
+    return _window_mean(run, metric, "no per-request figure\nfrom a server")
 
 
 def _window_mean(run: Shown, metric: str, nothing: str) -> Side:

@@ -81,6 +81,8 @@ def page(template: str, **values: Any) -> str:
         shown_unit=terminal.shown_unit,
         plain=plain,
         instrument=terminal.instrument,
+        is_in_process=terminal.is_in_process,
+        seen=terminal.seen,
         resolved=terminal.resolved,
         told_by=terminal.told_by,
         row_name=terminal.row_name,

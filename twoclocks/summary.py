@@ -99,6 +99,8 @@ def cut_up(run: Run) -> tuple[list[Waterfall], list[Decode]]:
 
     Where the server tells nothing of single requests, its means over the scraped window come first, if it has any.
     """
+    if run.in_process:
+        return [], []
     table = {str(name): column.to_numpy() for name, column in run.ok.items()}
     made = waterfalls(table, stage_names(run.experiment))
     if made and made[0].source is None and (window := _window_waterfall(run)) is not None:
@@ -237,7 +239,9 @@ def _figures(run: Run) -> dict[str, Any]:
         ),
         "output_throughput": one(_output_throughput(run), "tokens/s", definition(metrics.output_throughput)),
         "request_throughput_run": one(
-            metrics.request_throughput(ended, whole), "requests/s", f"measured requests that ended ok / {WHOLE_RUN}"
+            len(ended) / (whole[1] - whole[0]) if whole[1] > whole[0] else None,
+            "requests/s",
+            f"measured requests that ended ok / {WHOLE_RUN}",
         ),
         "output_throughput_run": one(
             _output_throughput(run, whole),
@@ -257,7 +261,7 @@ def _figures(run: Run) -> dict[str, Any]:
         "e2e": many(e2e, "s", definition(metrics.e2e)),
         "e2e_per_token": many(ok["e2e_per_token"].to_numpy(), "s", definition(metrics.e2e_per_token)),
     }
-    if is_open(run):
+    if is_open(run) and not run.in_process:  # there a batch is handed over as soon as it is due
         unsent = run.meta.get("not_sent")
         due = None if unsent is None else len(measured) + unsent
         length = window[1] - window[0]
@@ -290,6 +294,22 @@ def _figures(run: Run) -> dict[str, Any]:
                 "E2E from intended = last token chunk - intended_at, when the request was due",
             ),
         }
+    if shape_of(run) == "batch":
+        made = _batches(run)
+        which = "batches of load.batch requests that all ended ok"
+        figures |= {
+            "batches": one(len(made.seconds), "requests", f"measured {which}"),
+            "batch_latency": many(made.seconds, "s", f"{definition(metrics.batches)} One value a batch, {which}"),
+            "batch_latency_per_request": many(
+                made.seconds / made.requests, "s", f"batch latency / requests of the batch. One value a batch, {which}"
+            ),
+            "batch_throughput": many(
+                made.tokens / made.seconds,
+                "tokens/s",
+                f"output tokens of a batch / batch latency; pauses between batches are not in it. One value a batch, "
+                f"{which}",
+            ),
+        }
     if limits:
         figures["goodput"] = one(rate, "requests/s", f"{definition(metrics.goodput)} SLO: {in_slo}")
         figures["goodput_share"] = one(share, "share", f"{definition(metrics.meets_slo)} SLO: {in_slo}")
@@ -298,7 +318,30 @@ def _figures(run: Run) -> dict[str, Any]:
 
 def is_open(run: Run) -> bool:
     """Was this an open loop, in which requests leave when they are due?"""
-    return (run.experiment.get("load") or {}).get("shape") in ("rate", "trace", "batch")
+    return shape_of(run) in ("rate", "trace", "batch")
+
+
+def shape_of(run: Run) -> str | None:
+    """The shape of the load; None where no experiment tells it."""
+    shape: str | None = (run.experiment.get("load") or {}).get("shape")
+    return shape
+
+
+def _batches(run: Run) -> metrics.Batches:
+    """The measured batches of shape batch: requests of one worker that were due at the same moment.
+
+    Those that are not of full size (the last one of load.requests) are left out.
+    """
+    rows = run.measured
+    batch = rows.groupby(["worker", "intended_at"]).ngroup().to_numpy().astype(np.int64)
+    full = np.bincount(batch)[batch] == run.experiment["load"]["batch"] if len(batch) else np.empty(0, dtype=bool)
+    return metrics.batches(
+        batch,
+        rows["sent_at"].to_numpy(),
+        rows["ended_at"].to_numpy(),
+        rows["output_tokens"].to_numpy(),
+        full & (rows["status"] == "ok").to_numpy() & rows["output_tokens"].notna().to_numpy(),
+    )
 
 
 def _whole(run: Run) -> tuple[float, float]:
@@ -484,7 +527,7 @@ def _risen(scrapes: Scrapes, first: int, name: str) -> float:
 def _untold(run: Run) -> list[str]:
     """What this server does not tell, and how to start it so that it does."""
     kind = (run.experiment.get("target") or run.meta.get("target") or {}).get("server")
-    if kind not in SILENCES or run.ok.empty:
+    if kind not in SILENCES or run.ok.empty or run.in_process:
         return []
     told = {metric for metric in METRICS if run.ok[f"server_{metric}"].notna().any()}
     return silences(kind, told | ({PAGE} if any(len(scrapes.at) for scrapes in run.scrapes) else set()))

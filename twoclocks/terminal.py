@@ -22,6 +22,9 @@ LABELS = {
     "itl_per_token": "Inter-token latency (ITL), per token",
     "tpot": "Time per output token (TPOT)",
     "e2e": "Request duration (E2E)",
+    "batch_latency": "Batch latency: first sent, last ended",
+    "batch_latency_per_request": "Batch latency / requests of the batch",
+    "batch_throughput": "Output tokens/s of a batch",
     # open loop
     "send_lateness": "Sent after it was due",
     "ttft_from_intended": "TTFT from when it was due",
@@ -106,7 +109,8 @@ def render(summary: dict[str, Any]) -> RenderableType:
         parts.append(_gpu(summary["gpu"]))
     if summary["memory"]:
         parts.append(_memory(summary["memory"]))
-    parts += [_bullets("Checks", _check_lines(summary["checks"]))]
+    if summary["checks"]:
+        parts.append(_bullets("Checks", _check_lines(summary["checks"])))
     if notes := [*summary["notes"], *summary["side_effects"]]:
         parts.append(_bullets("Notes", (Text(plain(note)) for note in notes)))
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
@@ -123,11 +127,24 @@ def _verdict(summary: dict[str, Any]) -> RenderableType:
         Text.assemble("  ", (reason["level"], COLOURS[reason["level"]]), f" {reason['reason']}; {reason['remedy']}.")
         for reason in reasons
     ]
-    return Group(*lines, Text("  " + instrument(summary["instrument"]), style="dim"))
+    return Group(*lines, Text("  " + instrument(summary), style="dim"))
 
 
-def instrument(told: dict[str, Any] | None) -> str:
+def is_in_process(summary: dict[str, Any]) -> bool:
+    """Did it run an engine without a server?"""
+    return bool(summary["target"].get("api") == "in-process")
+
+
+def seen(summary: dict[str, Any]) -> str:
+    """The heading over the latencies: whose clock they are."""
+    return "As the engine's process stamped it, step by step" if is_in_process(summary) else "As the client saw it"
+
+
+def instrument(summary: dict[str, Any]) -> str:
     """The instrument's own error at about this load, in words."""
+    told: dict[str, Any] | None = summary["instrument"]
+    if is_in_process(summary):
+        return "Steps are stamped where they are made; no network and no reader lies between, whose error would count"
     if told is None:
         return "The instrument's own error at this load was not measured here: twoclocks calibrate --like RUN"
     bars = ", ".join(
@@ -169,6 +186,8 @@ def _totals(summary: dict[str, Any]) -> Table:
         table.add_row("Left by their users", words)
     if "due" in figures:
         table.add_row("Due, and not sent", offered(figures))
+    if "batches" in figures:
+        table.add_row("Batches", number(figures["batches"]["value"], "requests"))
     table.add_row("Requests/s", both(figures, "request_throughput"))
     table.add_row("Output tokens/s", both(figures, "output_throughput"))
     table.add_row("Output tokens", number(figures["output_tokens"]["value"], "tokens"))
@@ -226,9 +245,7 @@ def shown_labels(figures: dict[str, Any]) -> dict[str, str]:
 
 
 def _latencies(summary: dict[str, Any]) -> Table:
-    table = Table(
-        title="As the client saw it", title_style="bold", title_justify="left", box=None, padding=(0, 2, 0, 0)
-    )
+    table = Table(title=seen(summary), title_style="bold", title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("", min_width=36)
     for heading in ("unit", "n", "mean", "p50", "p95", "p99", "max"):
         table.add_column(heading, justify="left" if heading == "unit" else "right")
