@@ -597,8 +597,9 @@ MEMORY = {
     "kv_reserved": "KV cache, reserved",
     "kv_used_peak": "KV cache, peak in use",
     "process_pss_peak": "server's processes, peak (PSS)",
-    "process_rss_peak": "server's processes, peak (RSS)",
-    "allocator_peak": "torch's allocator, peak",
+    "process_rss_peak": "server's or engine's processes, peak (RSS)",
+    "allocator_peak": "torch's allocator, peak in tensors",
+    "allocator_reserved_peak": "torch's allocator, peak it held",
     "gpu_used_peak": "GPU memory in use, peak",
 }
 
