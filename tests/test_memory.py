@@ -181,6 +181,8 @@ def test_the_table_stands_in_terminal_and_report(planted):
     assert "/m&lt;b&gt;" in html
     assert "/m<b>" not in html
     assert 'title="161600 bytes"' in html
+    assert "model_folder: /m&lt;b&gt;" in html  # how the server was started
+    assert "kv_bytes_per_token&#39;" not in html  # and not as it stands in run.json
 
 
 def test_several_engines_add_up_and_say_so(planted):

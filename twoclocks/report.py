@@ -175,8 +175,13 @@ def _setting(meta: dict[str, Any]) -> dict[str, str]:
     """What run.json tells of how it was run, a line each."""
     command = " ".join(str(part) for part in meta.get("command_line") or [])
     lines = {"command": command} | {
-        key: ", ".join(f"{name}: {value}" for name, value in (meta.get(key) or {}).items())
+        key: ", ".join(f"{name}: {value}" for name, value in (meta.get(key) or {}).items() if name != "started")
         for key in ("overrides", "labels", "target", "host", "versions")
     }
+    started = (meta.get("target") or {}).get("started")
+    if isinstance(started, dict):  # by `twoclocks run`
+        lines["server's command"] = " ".join(str(word) for word in started.get("command_line") or [])
+        told = ("env", "versions", "device", "gpus", "model_folder", "ready_s")
+        lines["server's start"] = ", ".join(f"{key}: {started[key]}" for key in told if started.get(key))
     lines |= {key: str(meta[key]) for key in ("twoclocks_version", "workers", "lost_records", "status") if key in meta}
     return {key: value for key, value in lines.items() if value}
