@@ -122,7 +122,7 @@ def _process(run: Run) -> list[Row]:
         if sizes:
             text = (
                 f"largest resident memory of process {samples[0]['pid']} and all that it started, in {len(sizes)} "
-                f"samples of the measuring window; {meaning}. Weights, KV cache and the program itself are in it, "
+                f"sample{'s' if len(sizes) > 1 else ''} of the measuring window; {meaning}. Weights, KV cache and the program itself are in it, "
                 "memory on a GPU is not"
             )
             source = "smaps_rollup" if kind == "pss" else "statm"
