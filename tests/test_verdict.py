@@ -83,6 +83,10 @@ def test_what_is_planted_is_found_and_nothing_else(tmp_path, name, fields, sampl
     assert (told, list(found)) == (level, [name])
 
 
+def test_answers_that_the_experiment_itself_cuts_short_are_as_long_as_it_says(tmp_path):
+    assert reasons(tmp_path, plain(expected_output_tokens=9, max_tokens=8))[0] == "VALID"
+
+
 @pytest.mark.parametrize("name", ["prompt_id", "session"])
 def test_what_the_run_itself_repeats_may_come_from_the_cache(tmp_path, name):
     fields = {"cached_tokens": lambda i: 6 if i >= 20 else 0, "prompt_id": lambda i: f"p{i}"}

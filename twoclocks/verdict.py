@@ -228,6 +228,7 @@ def _short_outputs(run: Run) -> Reason | None:
     asked = run.ok["expected_output_tokens"]
     if workload.get("ignore_eos") or (target.get("extra_body") or {}).get("ignore_eos"):
         asked = asked.fillna(run.ok["max_tokens"])
+    asked = asked.clip(upper=run.ok["max_tokens"])  # an experiment may allow fewer than its request file recorded
     known = asked.notna() & run.ok["output_tokens"].notna()
     if not known.any():
         return None
@@ -235,7 +236,7 @@ def _short_outputs(run: Run) -> Reason | None:
     if share <= 0.01:
         return None
     text = f"{share:.0%} of the answers were shorter than the workload says that they are"
-    return Reason("SUSPECT", "short_outputs", text, share, "does this server know ignore_eos, and is it set?")
+    return Reason("SUSPECT", "short_outputs", text, share, "look whether this server knows ignore_eos, and whether it is set")
 
 
 # the measurement
@@ -294,7 +295,7 @@ def _tokens_disagree(run: Run) -> Reason | None:
     if share <= 0.01:
         return None
     text = f"in {share:.0%} of the requests the tokens of the chunks do not add up to the server's usage count"
-    return Reason("SUSPECT", "tokens_disagree", text, share, "is n above 1, or does a parser hold text back?")
+    return Reason("SUSPECT", "tokens_disagree", text, share, "look whether n is above 1, or a parser holds text back")
 
 
 def _drift(run: Run) -> Reason | None:
