@@ -28,8 +28,8 @@ KNEE = {
     f"of each level (seed {SEED}); it tells how far chance among these requests reaches, not how far the levels are "
     "apart. Reached only if the interval ends below the highest level.",
     "rate": "Saturation point: between the highest rate at which the server kept up with all that came and the lowest "
-    "at which requests piled up (by more than chance explains at 1 %) or could not leave. The interval is this bracket; "
-    "more levels between its ends make it narrower.",
+    "at which requests piled up (by more than chance explains at 1 %) or could not leave. The interval is this "
+    "bracket; more levels between its ends make it narrower.",
 }
 
 

@@ -236,7 +236,8 @@ def _short_outputs(run: Run) -> Reason | None:
     if share <= 0.01:
         return None
     text = f"{share:.0%} of the answers were shorter than the workload says that they are"
-    return Reason("SUSPECT", "short_outputs", text, share, "look whether this server knows ignore_eos, and whether it is set")
+    remedy = "look whether this server knows ignore_eos, and whether it is set"
+    return Reason("SUSPECT", "short_outputs", text, share, remedy)
 
 
 # the measurement
