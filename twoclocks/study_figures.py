@@ -34,9 +34,11 @@ BATCH = (
 )
 MEMORY = {
     "weights": "weights",
+    "weights_on_disk": "weights on disk",
     "kv_reserved": "KV cache reserved",
     "kv_used_peak": "KV cache used, peak",
     "process_rss_peak": "resident memory of the processes, peak",
+    "process_pss_peak": "proportional memory of the processes, peak",
     "allocator_peak": "torch's allocator, peak",
     "gpu_used_peak": "GPU memory in use, peak",
 }
@@ -298,7 +300,7 @@ def _memory(arm: Arm) -> dict[str, Figure]:
     found = {}
     for name in dict.fromkeys(name for rows in told for name in rows):
         rows = [of.get(name) for of in told]
-        known = [row for row in rows if row is not None and row.get("bytes") is not None]
+        known = [row for row in rows if row is not None and row.get("bytes")]  # 0 used: no scrape saw a request
         if known:
             label = MEMORY.get(name) or f"memory: {name}"
             meaning = f"{known[0].get('definition') or label}; {known[0].get('source') or 'source not told'}"

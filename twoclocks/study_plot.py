@@ -81,13 +81,18 @@ def curves_plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
 
 def memory_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Weights, KV cache reserved and KV cache used, side by side; what is not told has no bar and says so."""
-    kinds = {"weights": "weights", "kv_reserved": "KV cache reserved", "kv_used_peak": "KV cache used, peak"}
+    kinds = {
+        "weights": "weights in memory", "weights_on_disk": "weights on disk", "kv_reserved": "KV cache reserved",
+        "kv_used_peak": "KV cache used, peak",
+    }  # fmt: skip
+    kinds = {key: label for key, label in kinds.items() if any(row[key] is not None for row in rows)}
+    step = 0.8 / len(kinds)
     figure = Figure(figsize=(11, 1.4 + 0.75 * len(rows)), dpi=110, layout="constrained")
     axes = figure.subplots()
     for kind, (key, label) in enumerate(kinds.items()):
-        places = [place + (kind - 1) * 0.26 for place in range(len(rows))]
+        places = [place + (kind - (len(kinds) - 1) / 2) * step for place in range(len(rows))]
         widths = [(row[key] or 0.0) / GIB for row in rows]
-        bars = axes.barh(places, widths, height=0.24, color=COLOURS[kind], label=label)
+        bars = axes.barh(places, widths, height=0.92 * step, color=COLOURS[kind], label=label)
         texts = ["not told" if row[key] is None else _size(row[key]) for row in rows]
         axes.bar_label(bars, texts, padding=4, fontsize=9, color=QUIET)
     axes.set_yticks(range(len(rows)), [printable(textwrap.fill(row["name"], 30)) for row in rows])

@@ -74,8 +74,11 @@ def _level(arm: Arm, figures: Figures) -> dict[str, Any]:
 
 
 def memory_bars(arms: Sequence[Arm], figures: Sequence[Figures]) -> list[dict[str, Any]]:
-    """Weights, KV cache reserved and KV cache used of each arm that tells any of them, bytes; None where not told."""
-    keys = ("weights", "kv_reserved", "kv_used_peak")
+    """Weights, KV cache reserved and KV cache used of each arm that tells any of them, bytes; None where not told.
+
+    Weights on disk are another quantity, and stand apart from those in memory.
+    """
+    keys = ("weights", "weights_on_disk", "kv_reserved", "kv_used_peak")
     rows = [
         {"name": arm.name} | {key: of[f"memory.{key}"].value if f"memory.{key}" in of else None for key in keys}
         for arm, of in zip(arms, figures, strict=True)

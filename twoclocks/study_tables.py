@@ -45,8 +45,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "saturation", "saturation.output_throughput", "saturation.request_throughput", "saturation.goodput",
     ),
     "Memory": (
-        "memory.weights", "memory.kv_reserved", "memory.kv_used_peak", "kv_usage_peak", "memory.process_rss_peak",
-        "memory.allocator_peak", "memory.gpu_used_peak",
+        "memory.weights", "memory.weights_on_disk", "memory.kv_reserved", "memory.kv_used_peak", "kv_usage_peak",
+        "memory.process_rss_peak", "memory.process_pss_peak", "memory.allocator_peak", "memory.gpu_used_peak",
     ),
     "What the server says of the same requests": (
         "server_ttft.mean", "server_ttft.p50", "server_ttft.p95", "server_queue.mean", "server_prefill.mean",

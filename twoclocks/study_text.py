@@ -77,6 +77,7 @@ def duel_text(summary: dict[str, Any]) -> str:
             Text("No answers were kept for a prompt that two targets answered; ask for them: output_text: true")
         )
     parts += [_rich(narrow(table)) for table in differences_tables(summary, IN_SHORT)]
+    parts += [Text(plain(line)) for line in verdict_lines(summary)]
     parts.append(Text(plain(summary["machine"]), style="dim"))
     return to_text(Group(*(Padding(part, (0, 0, 1, 0)) for part in parts)))
 
