@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from twoclocks.interpreters import ENVIRONMENTS
 from twoclocks.servers import Server, ServerKind, free_port, started_server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,10 +30,10 @@ def prepared(*names: str) -> dict[str, Path]:
 
 
 def started(kind: ServerKind, log_folder: Path, *flags: str) -> Iterator[Server]:
-    paths = prepared(kind, "tiny")
+    paths = prepared(ENVIRONMENTS[kind], "tiny")
     with started_server(
         kind=kind,
-        python=paths[kind],
+        python=paths[ENVIRONMENTS[kind]],
         model=paths["tiny"],
         served_model_name=MODEL_NAME,
         log_path=log_folder / "server.log",
