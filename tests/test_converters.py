@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from twoclocks.prefix import Sent, intended
 from twoclocks.prompts import load_prompts
 from twoclocks.synthetic import WORDS
-from twoclocks.workload import prefix_plan
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -61,6 +61,14 @@ def command_line(folder: Path, name: str, source: str | bytes | None, options: t
         words.append(folder / "source")
     (folder / "out.jsonl").unlink(missing_ok=True)
     return list(map(str, (*words, "--out", folder / "out.jsonl", *options)))
+
+
+def intended_share(path: Path) -> float | None:
+    """Of the prompts of a file that is sent once."""
+    prompts, sent = load_prompts(path, "chat"), Sent()
+    for prompt in prompts:
+        sent.add(prompt)
+    return intended(prompts, [sent], Sent(), "none").share
 
 
 def outcome(folder: Path, code: int, stdout: str, stderr: str) -> Outcome:
@@ -325,7 +333,7 @@ def test_the_share_of_a_mooncake_trace_that_a_cache_could_answer_is_kept(convert
         seen.update(blocks)
     convert("mooncake", text, "--block-tokens", 32)
 
-    assert prefix_plan(load_prompts(tmp_path / "out.jsonl", "chat")) == pytest.approx(hits / total, abs=0.01)
+    assert intended_share(tmp_path / "out.jsonl") == pytest.approx(hits / total, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -485,7 +493,7 @@ def test_synthetic_meets_the_hit_rate(convert, tokenizer_file, tmp_path, rate):
     assert made[0]["made"]["hit_rate"] == pytest.approx(hits / total, abs=1e-6)
     assert len(shared) == 7
     assert sum(times - 1 for times in shared.values()) * 440 == hits
-    assert prefix_plan(load_prompts(tmp_path / "out.jsonl", "chat")) == pytest.approx(rate, abs=0.01)
+    assert intended_share(tmp_path / "out.jsonl") == pytest.approx(rate, abs=0.01)
 
 
 @pytest.mark.parametrize(

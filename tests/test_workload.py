@@ -1,6 +1,5 @@
 import itertools
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from twoclocks.workload import (
     new_salt,
     order_prompts,
     plans,
-    prefix_plan,
     request_body,
 )
 
@@ -354,40 +352,3 @@ def test_a_mix_names_the_file_that_cannot_be_read(tmp_path):
     (tmp_path / "b.jsonl").write_text("{}\n")
     with pytest.raises(ExperimentError, match=r"b\.jsonl line 1: has no 'messages'"):
         load_workload(experiment)
-
-
-# the share that a perfect prefix cache could answer
-
-
-def by_tree(texts):
-    """The same by its meaning: what of each text, in the order of sending, has come before."""
-    seen, hits = set(), 0
-    for text in texts:
-        begun = [text[: end + 1] for end in range(len(text))]
-        hits += sum(one in seen for one in begun)
-        seen.update(begun)
-    return hits / sum(map(len, texts))
-
-
-def test_prefix_plan_is_what_a_prefix_tree_says(tmp_path):
-    rng = random.Random(5)
-    texts = ["".join(rng.choices("ab", k=rng.randrange(1, 12))) for _ in range(200)]
-    prompts = prompts_of(tmp_path, *[{"prompt": text} for text in texts], api="completions")
-    sent = [text + "\0None\0" for text in texts]
-
-    assert prefix_plan(prompts) == pytest.approx(by_tree(sent), abs=1e-12)
-    assert prefix_plan(reversed(prompts)) == pytest.approx(prefix_plan(prompts), abs=1e-12)
-
-
-def test_prefix_plan_counts_turns_repeats_and_roles(tmp_path):
-    first = [{"role": "user", "content": "q" * 100}]
-    second = [*first, {"role": "assistant", "content": "a" * 100}, {"role": "user", "content": "r" * 100}]
-    turns = prompts_of(tmp_path, {"messages": first}, {"messages": second})
-    strangers = prompts_of(tmp_path, {"prompt": "x" * 100}, {"prompt": "y" * 100})
-
-    assert prefix_plan(turns) == pytest.approx(1 / 4, abs=0.02)
-    assert prefix_plan(strangers) == 0
-    assert prefix_plan(strangers * 4) == pytest.approx(3 / 4)
-    assert prefix_plan(strangers * 4, salt="request") == 0
-    assert prefix_plan([]) == 0
-    assert 0 < prefix_plan(prompts_of(tmp_path, PICTURE, PICTURE)) <= 0.5

@@ -29,6 +29,8 @@ from twoclocks.endpoint import make_endpoint, request_headers, token_counter
 from twoclocks.errors import TwoclocksError, plain
 from twoclocks.experiment import Experiment, masked, masked_word
 from twoclocks.live import REFRESH_S, LiveView, Moment, is_shown
+from twoclocks.prefix import Sent, intended
+from twoclocks.prompts import Prompt
 from twoclocks.reader import connect, reader_name
 from twoclocks.record import Record
 from twoclocks.run_folder import RunFolder, first_meta, this_clock
@@ -74,6 +76,8 @@ class MasterSide:
         self.shares: dict[str, int] = {}
         self.exhausted: set[str] = set()  # workers that have sent all of their share
         self.unsent: dict[str, dict[str, Any]] = {}  # what each worker says that it did not send
+        self.prompts: list[Prompt] = []
+        self.sent_warmup, self.sent_of_workers = Sent(), dict[str, bytes]()  # prompts
         self.time_is_up = False
         self.broken: str | None = None
         self.ended: list[Path] = []  # folders of the runs that are over
@@ -124,11 +128,11 @@ class MasterSide:
         experiment = self.experiment
         self.environment.stop_timeout = experiment.load.drain_s
         self.kept, self.received, self.sent, self.shares = 0, {}, {}, {}
-        self.exhausted, self.unsent = set(), {}
+        self.exhausted, self.unsent, self.sent_of_workers = set(), {}, {}
         self.time_is_up, self.broken = False, None
         self.model, version = resolve(experiment.target)
         endpoint = make_endpoint(experiment.target, experiment.timeouts)
-        prompts = in_window(load_workload(experiment), experiment.load)
+        prompts = self.prompts = in_window(load_workload(experiment), experiment.load)
         self.salt = new_salt()
         self.folder = RunFolder.create(experiment, self.options.run_folder)
         self.zero_ns = time.monotonic_ns()
@@ -179,6 +183,7 @@ class MasterSide:
             reader = reader_name(self.sender.endpoint)
             self.watch = gevent.spawn(watch, self.zero_ns, 0, os.getpid(), reader, self.keep_self)
         self._warm_up()
+        self.sent_warmup, self.sender.sent = self.sender.sent, Sent()
         if experiment.load.shape == "trace":  # each time has a prompt of its own
             self.sender.plans = plans(experiment, prompts, self.model, salt=self.salt)
         self.collectors.scrape()  # so that the server's totals of the window begin after the warm-up
@@ -242,8 +247,10 @@ class MasterSide:
         def one(user: int) -> Record:
             connection = connect(sender.endpoint)
             origin = sender.origin(user)
-            record = send(connection, next(sender.plans), origin, "warmup")
+            plan = next(sender.plans)
+            record = send(connection, plan, origin, "warmup")
             connection.close()
+            sender.count_sent(plan, record)
             self.keep(sender.line(record))
             return record
 
@@ -387,6 +394,7 @@ class MasterSide:
         if self.folder is not None and msg.data["run"] == self.folder.path.name:
             self.sent[msg.node_id] = msg.data["lines"]
             self.unsent[msg.node_id] = msg.data["unsent"]  # a worker may say so twice
+            self.sent_of_workers[msg.node_id] = msg.data["sent"]
 
     def on_exhausted(self, msg: Any, **_: Any) -> None:
         """A worker has sent all of its share, and all of it has ended."""
@@ -446,6 +454,7 @@ class MasterSide:
         unsent = [*self.unsent.values(), *([self.sender.unsent()] if self.sender is not None else [])]
         turns = sum((Counter(told["turns_not_sent"]) for told in unsent), Counter[str]())
         self._tell(
+            prefix_intended=None if missing else self._intended(),
             not_sent=sum(told["not_sent"] for told in unsent),
             turns_not_sent=dict(turns) if self.experiment.workload.sessions != "none" else None,
             status="finished" if self.time_is_up else "interrupted",
@@ -461,6 +470,15 @@ class MasterSide:
             self.environment.process_exit_code = 4
         if not self.options.no_report:
             self._report(folder.path)
+
+    def _intended(self) -> dict[str, Any] | None:
+        """What a perfect prefix cache could have answered; None where nothing of the workload was sent."""
+        if self.sender is None or {"messages", "prompt", "inputs"} & self.experiment.target.extra_body.keys():
+            return None
+        workers = (msgspec.msgpack.decode(told, type=Sent) for told in self.sent_of_workers.values())
+        salt = self.experiment.workload.salt
+        told = intended(self.prompts, [*workers, self.sender.sent], self.sent_warmup, salt)
+        return msgspec.structs.asdict(told) if told.characters else None
 
     def _await_workers(self) -> None:
         assert self.folder is not None

@@ -15,6 +15,10 @@ OURS = {
 """Keys of a request line that are for us; every other one is sent to the server as it stands."""
 
 
+SALT_LENGTH = 12
+"""Hexadecimal digits, 48 bits: two requests in ten million have the same with a chance of 1 in 6."""
+
+
 class Prompt(msgspec.Struct, frozen=True):
     """One line of a request file: an id, and the fields of the request body that it brings."""
 
@@ -77,3 +81,8 @@ def _prompt(line: bytes, number: int, path: Path, api: str) -> Prompt:
         line=number,
         answer=None if answer is None else [{"role": "assistant", "content": answer}],
     )
+
+
+def salt_line(salt: str) -> str:
+    """What stands before a salted prompt."""
+    return f"[{salt}]\n"

@@ -20,6 +20,7 @@ from twoclocks.client import Connection, Origin, send
 from twoclocks.endpoint import Endpoint
 from twoclocks.errors import plain
 from twoclocks.experiment import Experiment
+from twoclocks.prefix import Sent
 from twoclocks.reader import connect
 from twoclocks.record import LEFT, STOPPED, Record, encode_record, token_span_s
 from twoclocks.workload import Plan
@@ -46,6 +47,7 @@ class Sender(msgspec.Struct):
     not_sent: int = 0  # requests that were due while load.max_in_flight others were under way
     turns_not_sent: dict[str, int] = msgspec.field(default_factory=dict)  # of sessions that were begun: why -> how many
     taken: bool = False  # does a user of this process see to the open loop?
+    sent: Sent = msgspec.field(default_factory=Sent)
     over: Any = msgspec.field(default_factory=Event)  # gevent's Event: what is sent from now on is outside the window
 
     def origin(self, user: int) -> Origin:
@@ -104,12 +106,20 @@ class Sender(msgspec.Struct):
         """What was due, or would have been, and was not sent; run.json holds the sum over all processes."""
         return {"not_sent": self.not_sent, "turns_not_sent": self.turns_not_sent}
 
-    def ended(self, environment: Environment, record: Record) -> None:
+    def ended(self, environment: Environment, plan: Plan, record: Record) -> None:
         """Keep a record, and tell Locust's own statistics."""
         self.in_flight -= 1
+        self.count_sent(plan, record)
         self.sink(self.line(record))
         fire_request(environment, self.experiment, record)
         self.look_for_the_end()
+
+    def count_sent(self, plan: Plan, record: Record) -> None:
+        """For the share of the prompts that a prefix cache could know."""
+        if record.sent_at is not None:
+            sessions = self.experiment.workload.sessions
+            answer = record.output_text or "" if sessions == "own" and plan.then is not None else None
+            self.sent.add(plan.prompt, answer, session=sessions != "none")
 
     def line(self, record: Record) -> bytes:
         """Its line of requests.jsonl, without an answer's text that was for the history alone."""
@@ -165,7 +175,7 @@ class StreamingUser(User):
         if plan is None:
             raise StopUser
         record = send(self.connection, plan, self.origin, "measure", due_ns)
-        sender.ended(self.environment, record)
+        sender.ended(self.environment, plan, record)
         self.turn = sender.following(plan, record)
         if self.turn is not None:
             self.due_ns = sender.due_ns(record, self.turn)
@@ -248,7 +258,7 @@ class OpenLoop:
             connection = self.idle.pop() if self.idle else connect(sender.endpoint)
             record = send(connection, plan, self.origin, "measure", due_ns)
             self.idle.append(connection)
-            sender.ended(self.environment, record)
+            sender.ended(self.environment, plan, record)
             turn = sender.following(plan, record)
             if turn is None:
                 return

@@ -84,8 +84,10 @@ class WorkerSide:
             if self.watch is not None:
                 self.watch.kill()
             self.flush()
-            unsent = StreamingUser.sender.unsent()
-            self.runner.send_message("twoclocks_done", {"run": self.run, "lines": self.count, "unsent": unsent})
+            sender = StreamingUser.sender
+            sent = msgspec.msgpack.encode(sender.sent)
+            data = {"run": self.run, "lines": self.count, "unsent": sender.unsent(), "sent": sent}
+            self.runner.send_message("twoclocks_done", data)
 
     def flush(self) -> None:
         """Send the lines that have come since the last time."""

@@ -14,11 +14,9 @@ import msgspec
 
 from twoclocks.errors import ExperimentError
 from twoclocks.experiment import Experiment, Workload, mix_name
-from twoclocks.prompts import Prompt, load_prompts
+from twoclocks.prompts import SALT_LENGTH, Prompt, load_prompts, salt_line
 from twoclocks.sessions import conversations
 
-SALT_LENGTH = 12
-"""Hexadecimal digits, 48 bits: two requests in ten million have the same with a chance of 1 in 6."""
 ENCODED_BYTES = 1 << 28
 """Encoded bodies that are kept for their next turn. Beyond them a body is encoded each time that it is sent."""
 
@@ -224,7 +222,7 @@ def _conversation(experiment: Experiment, first: Prompt, model: str, number: int
     first_id = secrets.token_hex(16)
     own_salt = first_id[:SALT_LENGTH]
     if workload.salt != "none":
-        first = salted(first, f"[{own_salt if workload.salt == 'request' else salt_of_run}]\n")
+        first = salted(first, salt_line(own_salt if workload.salt == "request" else salt_of_run))
     turns = [
         msgspec.structs.replace(turn, session=f"{first.session}#{own_salt}", later=()) for turn in (first, *first.later)
     ]
@@ -271,54 +269,8 @@ def _encode(
     if placeholder is None:
         body = request_body(prompt, experiment, model)
         return [msgspec.json.encode(body)], _max_tokens(body)
-    body = request_body(salted(prompt, f"[{placeholder}]\n"), experiment, model)
+    body = request_body(salted(prompt, salt_line(placeholder)), experiment, model)
     return msgspec.json.encode(body).split(placeholder.encode()), _max_tokens(body)
-
-
-def prefix_plan(prompts: Iterable[Prompt], salt: str = "none") -> float:
-    """Share of the prompt characters that a perfect prefix cache could answer, 0 to 1, when these are sent in turn.
-
-    A prompt that is sent n times stands n times among them. A perfect cache is empty at first, holds all that was ever
-    sent, by the character, and has each prompt before the next one comes: a bound for a real one, which holds whole
-    blocks and forgets. Answers are not counted, nor what a chat template adds. ``salt``: the ``workload.salt``; with a
-    salt a request no prompt begins like another.
-
-    The formula: 1 - (characters that are new when they come) / (all characters). The new ones are the nodes of the
-    prompts' prefix tree, whatever their order; in sorted order each prompt adds what follows its longest common prefix
-    with the one before it. Costs a sort and n binary searches.
-    """
-    if salt == "request":
-        return 0.0
-    total, new, before = 0, 0, ""
-    for text in sorted(map(_text, prompts)):
-        total += len(text)
-        new += len(text) - _common_prefix(before, text)
-        before = text
-    return 1 - new / total if total else 0.0
-
-
-def _text(prompt: Prompt) -> str:
-    """A prompt as a cache sees it: the contents one after the other, each closed by its role, pictures by address."""
-    messages = prompt.body.get("messages")
-    if not isinstance(messages, list):
-        messages = [{"content": prompt.body.get("prompt")}]
-    return "".join(_content(message.get("content")) + f"\0{message.get('role')}\0" for message in messages)
-
-
-def _content(content: Any) -> str:
-    return content if isinstance(content, str) else msgspec.json.encode(content).decode()
-
-
-def _common_prefix(one: str, other: str) -> int:
-    """Characters that both begin with."""
-    same, differ = 0, min(len(one), len(other)) + 1  # the first `same` are equal, the first `differ` are not
-    while differ - same > 1:
-        middle = (same + differ) // 2
-        if one[same:middle] == other[same:middle]:
-            same = middle
-        else:
-            differ = middle
-    return same
 
 
 def _max_tokens(body: dict[str, Any]) -> int | None:
