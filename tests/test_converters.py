@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from twoclocks.prefix import Sent, intended
+from twoclocks.prefix_plan import Sent, intended
 from twoclocks.prompts import load_prompts
 from twoclocks.synthetic import WORDS
 

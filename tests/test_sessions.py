@@ -173,7 +173,7 @@ def test_turns_that_make_no_conversation_are_told_in_one_line(tmp_path, change, 
         ("workload: {sessions: own, think_s: -1}", "workload.think_s: expected"),
         (
             "workload: {sessions: own}\ntarget: {api: completions}",
-            "target.api 'completions' does not take; use api: chat",
+            "expected target.api: chat, found completions",
         ),
         ("workload: {sessions: own}\ntarget: {extra_body: {n: 2}}", "target.extra_body.n"),
         ("workload: {sessions: recorded}\ntarget: {extra_body: {messages: []}}", "replaces the history"),

@@ -8,7 +8,8 @@ from make_run import record, write_folder
 
 from twoclocks import report
 from twoclocks.load import load_run
-from twoclocks.turns import MOST_TURNS, by_turn, cached_share, sessions
+from twoclocks.prefix_cache import cached_share
+from twoclocks.turns import MOST_TURNS, by_turn, sessions
 
 
 def run_of(tmp_path, records, how="own", **meta):

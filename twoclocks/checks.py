@@ -12,7 +12,7 @@ from twoclocks import expositions
 from twoclocks.clocks import CLOCKS
 from twoclocks.join import NOT_OURS, SOURCES, TOLD_TWICE, reasons
 from twoclocks.load import Run
-from twoclocks.turns import cached_tokens, has_sessions
+from twoclocks.prefix_cache import CACHED_SHARE, cache_hits
 from twoclocks.waterfall import ROUNDING_S, Waterfall
 
 Found = tuple[str, bool | None, str]  # name, passed (None: could not be told), text
@@ -61,40 +61,6 @@ def server_inside(rows: pd.DataFrame) -> pd.Series:
     parts = rows[["server_validation", "server_queue", "server_prefill"]].astype(np.float64).sum(axis=1, min_count=1)
     inside: pd.Series = rows["server_ttft"].fillna(parts)
     return inside
-
-
-@dataclass(frozen=True, slots=True)
-class CacheHits:
-    """Shares of all prompt tokens that came from the server's prefix cache."""
-
-    share: float
-    unexplained: float  # in requests whose prompt, or whose session, this run had not sent before
-
-
-def cache_hits(run: Run) -> CacheHits | None:
-    """What the prefix cache answered, and how much of it the workload's own repetition does not explain.
-
-    A prompt that was sent before (to warm up, too), or a later turn of a session, may be in the cache as a whole; in
-    any other request a hit can only be a beginning that prompts share, or what others sent. Exact where the server
-    says it of each request; from its counters what goes beyond all repeated prompts. None where it says nothing.
-    """
-    rows = run.requests.sort_values("sent_at", kind="stable")
-    repeated = rows.duplicated("prompt_id") | (rows["session"].notna() & rows.duplicated("session"))
-    if (run.experiment.get("workload") or {}).get("salt") == "request" and not has_sessions(run):
-        repeated &= False  # no two prompts begin alike, so that nothing explains a hit
-    cached = cached_tokens(rows).reindex(run.ok.index)
-    known = run.ok[cached.notna() & run.ok["prompt_tokens"].notna()]
-    total = float(known["prompt_tokens"].sum())
-    if total:
-        new = ~repeated.reindex(known.index)
-        hits = cached.reindex(known.index)
-        return CacheHits(float(hits.sum()) / total, float(hits[new].sum()) / total)
-    risen = expositions.counter_delta(run.scrapes, run.first_scrapes, "cached_tokens") if run.scrapes else None
-    total = float(run.scraped["prompt_tokens"].sum())
-    if risen is None or not total:
-        return None
-    explained = float(run.scraped["prompt_tokens"][repeated.reindex(run.scraped.index)].sum())
-    return CacheHits(risen / total, max(0.0, risen - explained) / total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +157,11 @@ def _cache_as_planned(run: Run) -> Found | None:
     text = f"The {who} answered {hits.share:.1%} of the prompt tokens from its prefix cache"
     if not hits.share:
         return "prefix_cache", True, f"{text}."
-    rest = f"{hits.unexplained:.1%} in prompts that this run had not sent before (a common beginning, or a warm cache)"
+    if hits.intended is not None:
+        rest = f"a perfect one could have known {hits.intended:.1%} of the prompt characters that this run sent"
+    else:
+        rest = f"{hits.unexplained:.1%} in prompts that had not been sent before (a common beginning, or a warm cache)"
     return "prefix_cache", hits.unexplained <= CACHED_SHARE, f"{text}; {rest}."
-
-
-CACHED_SHARE = 0.2
-"""Of prompt tokens, in prompts sent for the first time. A chat template's common beginning stays below."""
 
 
 def _same_as_histogram(run: Run) -> list[Found]:

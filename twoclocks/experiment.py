@@ -574,8 +574,8 @@ def _check_workload(experiment: Experiment, where: str) -> None:
         return
     if experiment.target.api != "chat":
         raise ExperimentError(
-            f"{where}: workload.sessions: a history is made of messages, which target.api {experiment.target.api!r} "
-            "does not take; use api: chat"
+            f"{where}: workload.sessions: a history is made of chat messages; expected target.api: chat, "
+            f"found {experiment.target.api}"
         )
     if replaced:
         raise ExperimentError(f"{where}: workload.sessions: target.extra_body replaces the history ({replaced[0]})")

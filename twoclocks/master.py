@@ -29,7 +29,7 @@ from twoclocks.endpoint import make_endpoint, request_headers, token_counter
 from twoclocks.errors import TwoclocksError, plain
 from twoclocks.experiment import Experiment, masked, masked_word
 from twoclocks.live import REFRESH_S, LiveView, Moment, is_shown
-from twoclocks.prefix import Sent, intended
+from twoclocks.prefix_plan import Sent, intended
 from twoclocks.prompts import Prompt
 from twoclocks.reader import connect, reader_name
 from twoclocks.record import Record

@@ -115,6 +115,7 @@ def page(template: str, **values: Any) -> str:
         turn_headings=terminal.TURN_HEADINGS,
         turn_row=terminal.turn_row,
         session_words=terminal.session_words,
+        prefix_lines=terminal.prefix_lines,
         style=(files / "style.css").read_text(encoding="utf-8"),
     )
     return environment.get_template(template).render(**values)

@@ -320,6 +320,18 @@ COUNTERS: dict[str, dict[str, str]] = {
         "vllm:num_preemptions_total": "requests that lost their place in the KV cache and were computed anew",
         "sglang:num_retracted_requests_total": "requests that lost their place in the KV cache",
     },
+    "prefix_hits": {
+        "vllm:prefix_cache_hits_total": "tokens found in whole blocks, at each look-up of a prompt",
+        "vllm:gpu_prefix_cache_hits_total": "tokens found in whole blocks, at each look-up of a prompt",
+        "sglang:cached_tokens_total": "prompt tokens that a cache answered, of device, host and storage together",
+        "trtllm_prompt_cached_tokens_total": "prompt tokens that a cache answered",
+    },
+    "prefix_queries": {
+        "vllm:prefix_cache_queries_total": "tokens of a prompt, at each look-up of it",
+        "vllm:gpu_prefix_cache_queries_total": "tokens of a prompt, at each look-up of it",
+        "sglang:prompt_tokens_total": "when a request finishes, cached tokens too",
+        "trtllm_prompt_tokens_total": "when a request finishes",
+    },
     "cached_tokens": {
         "vllm:prompt_tokens_cached_total": "prompt tokens that a cache answered",
         "vllm:prefix_cache_hits_total": "prompt tokens found in the prefix cache",

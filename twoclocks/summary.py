@@ -23,6 +23,7 @@ from twoclocks.load import LogSeries, Run, stage_names, stage_urls
 from twoclocks.log_series import MEANING
 from twoclocks.memory_summary import memory_rows
 from twoclocks.metrics import Bools, Floats, definition
+from twoclocks.prefix_cache import prefix_cache
 from twoclocks.record import GAVE_UP, HUNG_UP, LEFT, TOO_LONG
 from twoclocks.scraped import SAME_TRAFFIC, server_window
 from twoclocks.turns import by_turn, sessions
@@ -71,6 +72,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "figures": _figures(run),
         "warmup": run.meta.get("warmup"),
         "levels": _levels(run),
+        "prefix_cache": prefix_cache(run),
         "sessions": sessions(run),
         "turns": by_turn(run),
         "errors": _errors(run.measured),

@@ -92,6 +92,8 @@ def render(summary: dict[str, Any]) -> RenderableType:
     parts += [_verdict(summary), _totals(summary), _latencies(summary)]
     if summary["levels"]:
         parts.append(_levels(summary["levels"]))
+    if lines := prefix_lines(summary["prefix_cache"]):
+        parts.append(_bullets("Prefix cache: what it could know, and what it answered", map(Text, lines)))
     if summary["sessions"]:
         parts.append(_turns(summary))
     if summary["client_vs_server"]:
@@ -340,6 +342,23 @@ def session_words(sessions: dict[str, Any]) -> str:
         return f"{told}; no turn of these was left out."
     counted = ", ".join(f"{count:,} that {plain(WHY_NOT_SENT.get(why, why))}" for why, count in left.items())
     return f"{told}; not sent: {counted}."
+
+
+def prefix_lines(told: dict[str, Any]) -> list[str]:
+    """The intended, the observed and the counted share of a prefix cache, each with what it is a share of."""
+    shares = {name: number(told[name]["share"], "share") for name in told if told[name]["share"] is not None}
+    lines = {
+        "intended": "of the prompt characters were known from this run: the most that a cache without a past, which "
+        "forgets nothing, could answer",
+        "observed": "of the prompt tokens came from the cache, by what the server says of each of "
+        f"{number(told['observed']['requests'], 'requests')} requests",
+        "counted": "of the tokens that the server looked up in its cache were found, by its counters, whoever asked",
+    }
+    left_out = told["intended"]["left_out"]
+    if left_out:
+        counted = told["intended"]["requests"]
+        lines["intended"] += f" (of {counted:,} of {counted + left_out:,} requests, as more texts are not compared)"
+    return [f"{name.capitalize()}: {shares[name]} {text}." for name, text in lines.items() if name in shares]
 
 
 def _turns(summary: dict[str, Any]) -> RenderableType:

@@ -7,14 +7,10 @@ import pandas as pd
 
 from twoclocks.load import Run
 from twoclocks.metrics import Floats
+from twoclocks.prefix_cache import OBSERVED, cached_share, has_sessions
 
 MOST_TURNS = 20
 """Turns that have a row of their own; the ones after them share the last row."""
-
-
-def has_sessions(run: Run) -> bool:
-    """Were the turns of a session sent as a conversation?"""
-    return bool((run.experiment.get("workload") or {}).get("sessions", "none") != "none")
 
 
 def sessions(run: Run) -> dict[str, Any] | None:
@@ -54,28 +50,8 @@ def _row(number: int, rows: pd.DataFrame, measured: pd.DataFrame) -> dict[str, A
         "cached_share": cached_share(ok),
         "unit": "s; tokens; share",
         "definition": "measured requests of this turn, counted from 0; TTFT, prompt tokens and cached share of those "
-        f"that ended ok. {CACHED_SHARE}",
+        f"that ended ok. {OBSERVED}",
     }
-
-
-CACHED_SHARE = (
-    "Cached share = prompt tokens that the server says, of each request, came from its prefix cache / prompt tokens of "
-    "the same requests"
-)
-
-
-def cached_share(rows: pd.DataFrame) -> float | None:
-    """CACHED_SHARE of these requests; None if the server says it of none of them."""
-    cached = cached_tokens(rows)
-    known = cached.notna() & rows["prompt_tokens"].notna()
-    total = float(rows["prompt_tokens"][known].sum())
-    return float(cached[known].sum()) / total if total else None
-
-
-def cached_tokens(rows: pd.DataFrame) -> pd.Series:
-    """Of each request the prompt tokens from the server's prefix cache, by usage, else its timings; NaN unknown."""
-    cached: pd.Series = rows["cached_tokens"].fillna(rows["server_cached_tokens"])
-    return cached
 
 
 def _quantile(values: Floats, q: float) -> float | None:

@@ -20,7 +20,7 @@ from twoclocks.client import Connection, Origin, send
 from twoclocks.endpoint import Endpoint
 from twoclocks.errors import plain
 from twoclocks.experiment import Experiment
-from twoclocks.prefix import Sent
+from twoclocks.prefix_plan import Sent
 from twoclocks.reader import connect
 from twoclocks.record import LEFT, STOPPED, Record, encode_record, token_span_s
 from twoclocks.workload import Plan

@@ -13,8 +13,8 @@ import pandas as pd
 from scipy import stats
 
 from twoclocks import checks, expositions, metrics
-from twoclocks.checks import CACHED_SHARE
 from twoclocks.load import Run
+from twoclocks.prefix_cache import CACHED_SHARE, cache_hits
 
 Level = Literal["SUSPECT", "INVALID"]
 
@@ -209,13 +209,19 @@ def _preempted(run: Run) -> Reason | None:
 
 def _prefix_cache(run: Run) -> Reason | None:
     """Prompts that the server knows from elsewhere are answered from its cache, and TTFT is that of the cache."""
-    hits = checks.cache_hits(run)
+    hits = cache_hits(run)
     if hits is None or hits.unexplained <= CACHED_SHARE:
         return None
-    text = (
-        f"{hits.unexplained:.0%} of the prompt tokens came from the server's prefix cache although this run had not "
-        "sent these prompts before"
-    )
+    if hits.intended is not None:
+        text = (
+            f"{hits.share:.0%} of the prompt tokens came from the server's prefix cache, which could have known "
+            f"{hits.intended:.0%} of the prompt characters from this run itself"
+        )
+    else:
+        text = (
+            f"{hits.unexplained:.0%} of the prompt tokens came from the server's prefix cache although this run had "
+            "not sent these prompts before"
+        )
     return Reason(
         "SUSPECT", "prefix_cache", text, hits.unexplained,
         "restart the server or empty its cache before a run, or make prompts differ from their beginning on",

@@ -9,8 +9,8 @@ from fake_server import FakeServer
 from locust_runs import read, run
 from test_sessions import assistant, experiment_of, keys, new_alone, reply, script, whole, write
 
-from twoclocks import prefix
-from twoclocks.prefix import Sent, intended
+from twoclocks import prefix_plan
+from twoclocks.prefix_plan import Sent, intended
 from twoclocks.prompts import load_prompts
 from twoclocks.workload import load_workload, plans
 
@@ -68,7 +68,7 @@ def test_repeats_strangers_salts_and_nothing(tmp_path):
 
     assert share(prompts, prompts).share == 0
     assert share(prompts, prompts * 4).share == pytest.approx(3 / 4)
-    assert share(prompts, prompts * 4, salt="run").share == pytest.approx(3 / 4)
+    assert share(prompts, prompts * 4, salt="run").share == pytest.approx(1 - (15 + 2 * 106) / (8 * 121))
     assert share(prompts, prompts * 4, salt="request").share == 0
     assert share(prompts, prompts * 4, warmup=prompts).share == 1
     assert share(prompts, []).share is None
@@ -125,13 +125,13 @@ def test_of_conversations_the_history_is_known_and_of_its_answers_the_own_ones(t
 def test_what_is_kept_is_bounded_and_what_is_left_out_is_counted(tmp_path, monkeypatch):
     path = write(tmp_path, *(line for name in "abcdef" for line in whole(name, 2)))
     experiment = experiment_of(path, "own")
-    monkeypatch.setattr(prefix, "MOST_KEPT", 250)
+    monkeypatch.setattr(prefix_plan, "MOST_KEPT", 250)
     prompts, sent, texts, generated = play(experiment, lambda number, turn: "x" * 100, 6)
     told = intended(prompts, [sent], Sent(), "none")
 
     assert (told.requests, told.left_out) == (6, 6)  # three conversations are begun before 250 characters are kept
     assert told.share == pytest.approx(by_meaning(texts[:6], generated=generated[:6]))
-    monkeypatch.setattr(prefix, "MOST_CHARACTERS", len(texts[1]) + len(texts[3]))
+    monkeypatch.setattr(prefix_plan, "MOST_CHARACTERS", len(texts[1]) + len(texts[3]))
     assert (intended(prompts, [sent], Sent(), "none").requests, intended(prompts, [sent], Sent(), "none").left_out) == (
         4,
         8,

@@ -1,4 +1,4 @@
-"""Prefix: what share of the prompts that were sent a perfect prefix cache could have answered.
+"""Prefix plan: what share of the prompts that were sent a perfect prefix cache could have answered.
 
 Pure. While a run lasts each process only counts what it sends; at the end the master makes the texts of it once more.
 """
