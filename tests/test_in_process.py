@@ -106,7 +106,10 @@ def engine(tmp_path, monkeypatch):
 def test_records_are_the_engines_own_stamps(engine, tmp_path):
     folder, status = in_process.run(engine("fine", "output_text=true"), ["a=b"], tmp_path / "run")
     run = load_run(folder)
-    stamped = {one: (steps, ended) for one, steps, ended in map(json.loads, (tmp_path / "stamps.jsonl").read_text().splitlines())}
+    stamped = {
+        one: (steps, ended)
+        for one, steps, ended in map(json.loads, (tmp_path / "stamps.jsonl").read_text().splitlines())
+    }
     zero_ns = (run.requests["ended_at"] * 1e9 - [stamped[one][1] for one in run.requests["request_id"]]).round()
 
     assert (status, run.meta["status"], run.partial) == ("finished", "finished", False)
