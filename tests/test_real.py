@@ -39,13 +39,16 @@ def run_against(server, tmp_path, load=("-u", "4", "-r", "4", "-t", "5"), **sett
 
 @pytest.fixture(scope="module")
 def vllm_run(real_vllm, otlp_port, tmp_path_factory):
-    return run_against(real_vllm, tmp_path_factory.mktemp("vllm"), **{"collect.otlp_port": otlp_port})
+    # vLLM tries for up to 10 s to send the span of the request before any receiver was there; ours wait behind it
+    spans = {"collect.otlp_port": otlp_port, "collect.otlp_tail_s": 40}
+    return run_against(real_vllm, tmp_path_factory.mktemp("vllm"), **spans)
 
 
 @pytest.fixture(scope="module")
 def saturated_run(real_vllm, otlp_port, tmp_path_factory):
     """Sixteen users whose long answers do not fit into the KV cache side by side."""
     long = {"workload.max_tokens": 120, "workload.ignore_eos": "true", "collect.otlp_port": otlp_port}
+    long |= {"collect.otlp_tail_s": 40}
     return run_against(real_vllm, tmp_path_factory.mktemp("full"), ("-u", "16", "-r", "16", "-t", "8"), **long)
 
 
@@ -161,7 +164,9 @@ def test_transformers_first_token_is_not_the_early_role_chunk(transformers_run):
     assert set(first.kind) == {"role"}
     said = ok[ok.ttft.notna()]  # the random model's tokens are not always text
     assert len(said) > 4
-    assert (said.ttft > said.first_byte_at - said.sent_at).all()
+    # a server that is short of time may send both at once, and then they arrive at once
+    assert (said.ttft >= said.first_byte_at - said.sent_at - 2e-6).all()
+    assert (said.ttft > said.first_byte_at - said.sent_at).any()
     assert (ok.output_tokens <= 12).all()
     assert set(ok.token_source) == {"usage"}
 
