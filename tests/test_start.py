@@ -505,5 +505,7 @@ output: {tmp_path / "out"}
     assert 0 < rows["kv_used_peak"] <= 8 * block  # one of the nine is the null block
     weights = (paths["tiny"] / "model.safetensors").stat().st_size
     assert rows["weights_on_disk"] == weights
-    assert weights < rows["process_pss_peak"] <= rows["process_rss_peak"]
+    assert weights < rows["process_rss_peak"]
+    if "process_pss_peak" in rows:  # sampled seldom, so that a short window may hold none
+        assert weights < rows["process_pss_peak"] <= rows["process_rss_peak"]
     assert "KV cache, peak in use" in (folder / "summary.txt").read_text()
