@@ -3,6 +3,8 @@
 In the shapes of vLLM (as recorded from 0.32), and of TGI 3.3.7 and SGLang 0.5.23 (written from their sources).
 """
 
+import time
+
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
@@ -30,21 +32,22 @@ def key_values(attributes):
     return [KeyValue(key=key, value=any_value(value)) for key, value in attributes.items()]
 
 
-def span(name, trace_id=OURS, parent_id="sent", kind=Span.SPAN_KIND_SERVER, seconds=1.0, **attributes):
-    """A span; parent_id "sent": the one that the client names for this trace."""
+def span(name, trace_id=OURS, parent_id="sent", kind=Span.SPAN_KIND_SERVER, seconds=1.0, ago=0.0, **attributes):
+    """A span; parent_id "sent": the one that the client names for this trace. ago: it began so many seconds ago."""
+    start = time.time_ns() - round(ago * 1e9)
     return Span(
         name=name,
         trace_id=bytes.fromhex(trace_id),
         span_id=b"12345678",
         parent_span_id=bytes.fromhex(trace_id[:16] if parent_id == "sent" else parent_id),
         kind=kind,
-        start_time_unix_nano=1_795_230_000_000_000_000,
-        end_time_unix_nano=1_795_230_000_000_000_000 + round(seconds * 1e9),
+        start_time_unix_nano=start,
+        end_time_unix_nano=start + round(seconds * 1e9),
         attributes=key_values(attributes.get("attributes", {})),
     )
 
 
-def vllm_span(request_id=OURS, trace_id=None, parent_id="sent", **changes):
+def vllm_span(request_id=OURS, trace_id=None, parent_id="sent", ago=0.0, **changes):
     attributes = {
         "gen_ai.latency.time_to_first_token": 0.25,
         "gen_ai.latency.e2e": 1.5,
@@ -57,7 +60,7 @@ def vllm_span(request_id=OURS, trace_id=None, parent_id="sent", **changes):
         "gen_ai.request.id": f"chatcmpl-{request_id}",
         "gen_ai.request.max_tokens": 16,
     }
-    return span("llm_request", trace_id or request_id, parent_id, attributes=attributes | changes)
+    return span("llm_request", trace_id or request_id, parent_id, ago=ago, attributes=attributes | changes)
 
 
 def tgi_span(trace_id=OURS, **changes):

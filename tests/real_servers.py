@@ -5,12 +5,16 @@ They install what is missing (scripts/prepare.py): the first use on a machine ta
 
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from twoclocks.interpreters import ENVIRONMENTS
+from twoclocks.otlp_receiver import Receiver, SpanStore
 from twoclocks.servers import Server, ServerKind, free_port, started_server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +58,24 @@ def real_vllm(tmp_path_factory: pytest.TempPathFactory, otlp_port: int) -> Itera
     flags = ["--max-model-len", "1024", "--max-num-seqs", "16", "--num-gpu-blocks-override", "9"]
     flags += ["--otlp-traces-endpoint", f"http://127.0.0.1:{otlp_port}/v1/traces"]
     yield from started("vllm", tmp_path_factory.mktemp("vllm"), *flags)
+
+
+@pytest.fixture(scope="session")
+def exporting_vllm(real_vllm: Server, otlp_port: int, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """The same, once its exporter has got rid of what it saved up while nobody listened, and is in no pause."""
+    folder, own = tmp_path_factory.mktemp("drained"), uuid.uuid4().hex
+    receiver = Receiver(SpanStore(folder, {}, time.monotonic), "127.0.0.1", otlp_port, None)
+    try:
+        asked = {"model": real_vllm.model, "prompt": "Hello", "max_tokens": 1}
+        headers = {"traceparent": f"00-{own}-{own[:16]}-01", "x-request-id": own}
+        httpx.post(f"{real_vllm.url}/v1/completions", json=asked, headers=headers, timeout=60).raise_for_status()
+        until = time.monotonic() + 120
+        while own not in receiver.store.told_of.get("vllm", ()):
+            assert time.monotonic() < until, "vLLM exported no span of a request for two minutes"
+            time.sleep(0.2)
+    finally:
+        receiver.close()
+    return real_vllm
 
 
 @pytest.fixture(scope="session")

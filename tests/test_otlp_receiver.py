@@ -71,6 +71,7 @@ def test_spans_come_over_http_and_grpc(tmp_path):
 
 
 def test_json_is_answered_in_json(tmp_path):
+    began = time.time_ns()
     document = {
         "resourceSpans": [
             {
@@ -84,8 +85,8 @@ def test_json_is_answered_in_json(tmp_path):
                                 "parentSpanId": OURS[:16],
                                 "name": "ingress",
                                 "kind": 2,
-                                "startTimeUnixNano": "1795230000000000000",
-                                "endTimeUnixNano": "1795230000500000000",
+                                "startTimeUnixNano": str(began),
+                                "endTimeUnixNano": str(began + 500_000_000),
                             }
                         ]
                     }
@@ -244,6 +245,20 @@ def test_only_requests_of_this_run_stand_in_the_file(tmp_path):
     assert notes == ["OTLP: 3 spans were of requests that this run did not send; they were left out"]
 
 
+def test_what_an_exporter_had_saved_up_before_the_run_is_no_traffic_of_others(tmp_path):
+    sent(tmp_path, OURS)
+    store = SpanStore(tmp_path, {}, lambda: 0.0)
+    ours_by_a_late_clock = vllm_span(ago=3600)
+    before = [vllm_span(OTHER, ago=60), vllm_span("mine", trace_id=OTHER, parent_id="", ago=60)]
+    meanwhile = vllm_span("mine", trace_id=OTHER, parent_id="")
+    store.take(export(ours_by_a_late_clock, *before, meanwhile).SerializeToString())
+    notes = store.close()
+
+    assert [row.request_id for row in rows(tmp_path)] == [OURS]
+    assert (store.earlier, store.foreign) == (2, 1)
+    assert notes[1] == "OTLP: 2 spans were of requests that had ended before this run; they were left out"
+
+
 def test_what_comes_after_the_end_is_refused(tmp_path):
     store = SpanStore(tmp_path, {}, lambda: 0.0)
     store.take(export(vllm_span()).SerializeToString())
@@ -252,6 +267,19 @@ def test_what_comes_after_the_end_is_refused(tmp_path):
         store.take(export(vllm_span()).SerializeToString())
 
     assert len(rows(tmp_path)) == 1
+
+
+def test_an_exporters_open_connection_ends_with_the_receiver(tmp_path):
+    with receiving(tmp_path) as receiver:
+        kept = http.client.HTTPConnection("127.0.0.1", receiver.http.port, timeout=10)
+        kept.request("POST", "/v1/traces", export(vllm_span()).SerializeToString(), PROTOBUF)
+        first = kept.getresponse()
+        first.read()
+    with contextlib.closing(kept), pytest.raises((ConnectionError, http.client.RemoteDisconnected)):
+        kept.request("POST", "/v1/traces", export(vllm_span()).SerializeToString(), PROTOBUF)
+        kept.getresponse()
+
+    assert first.status == 200
 
 
 def test_without_spans_there_is_no_file(tmp_path):

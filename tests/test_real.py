@@ -38,18 +38,17 @@ def run_against(server, tmp_path, load=("-u", "4", "-r", "4", "-t", "5"), **sett
 
 
 @pytest.fixture(scope="module")
-def vllm_run(real_vllm, otlp_port, tmp_path_factory):
-    # vLLM tries for up to 10 s to send the span of the request before any receiver was there; ours wait behind it
+def vllm_run(exporting_vllm, otlp_port, tmp_path_factory):
     spans = {"collect.otlp_port": otlp_port, "collect.otlp_tail_s": 40}
-    return run_against(real_vllm, tmp_path_factory.mktemp("vllm"), **spans)
+    return run_against(exporting_vllm, tmp_path_factory.mktemp("vllm"), **spans)
 
 
 @pytest.fixture(scope="module")
-def saturated_run(real_vllm, otlp_port, tmp_path_factory):
+def saturated_run(exporting_vllm, otlp_port, tmp_path_factory):
     """Sixteen users whose long answers do not fit into the KV cache side by side."""
     long = {"workload.max_tokens": 120, "workload.ignore_eos": "true", "collect.otlp_port": otlp_port}
     long |= {"collect.otlp_tail_s": 40}
-    return run_against(real_vllm, tmp_path_factory.mktemp("full"), ("-u", "16", "-r", "16", "-t", "8"), **long)
+    return run_against(exporting_vllm, tmp_path_factory.mktemp("full"), ("-u", "16", "-r", "16", "-t", "8"), **long)
 
 
 @pytest.fixture(scope="module")

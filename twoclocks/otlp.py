@@ -69,6 +69,7 @@ class SpanTold(msgspec.Struct, frozen=True):
 
     request: ServerRequest
     ours: bool | None  # whether a run like this one sent the request; None where only the list of requests can say
+    ended_at: float  # Unix time in seconds by the server's clock; 0 where the span does not say
     unusable: int  # values that were left out
 
 
@@ -158,7 +159,8 @@ def read_span(span: Span, stage: str | None, at: float) -> SpanTold | None:
         told=_told(attributes, fields),
         **values,
     )
-    return SpanTold(request=request, ours=_ours(trace_id, parent_id, request_id), unusable=unusable)
+    ours = _ours(trace_id, parent_id, request_id)
+    return SpanTold(request=request, ours=ours, ended_at=span.end_time_unix_nano / 1e9, unusable=unusable)
 
 
 def _ours(trace_id: str | None, parent_id: str | None, request_id: str | None) -> bool | None:

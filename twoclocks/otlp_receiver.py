@@ -6,10 +6,11 @@ partial success, and told to the user at the end.
 
 server_requests.jsonl holds requests of this run only. Where a span cannot say itself whether it is of such a request
 (otlp.SpanTold.ours), it is held back until the run's end, when requests.jsonl lists all that were sent; if the run is
-killed, such spans are lost. A span that proves itself may still be of another run on the same server, or of the one
-before; the join leaves those unmatched.
+killed, such spans are lost. A span that proves itself may still be of another run on the same server; the join leaves
+those unmatched. What an exporter saved up before this run began is told apart from what others sent during it.
 """
 
+import contextlib
 import os
 import socket
 import sys
@@ -31,7 +32,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
-from twoclocks.otlp import attributes_of, decode, read_span, service_name, unzip
+from twoclocks.otlp import SpanTold, attributes_of, decode, read_span, service_name, unzip
 from twoclocks.server_requests import ServerRequest, encode_server_request
 
 MAX_BODY = 4 * 1024 * 1024  # also gRPC's own limit, for which exporters cut their batches
@@ -58,12 +59,13 @@ class SpanStore:
         self.folder, self.stages, self.now = folder, stages, now  # stages: service.name -> name of the stage
         self.lock = threading.RLock()
         self.out: FileIO | None = None  # opened for the first row, so that a run without spans has no such file
-        self.held: list[ServerRequest] = []
+        self.held: list[SpanTold] = []
         self.told_of: dict[str, set[str]] = {}  # server -> trace ids of requests that prove themselves
         self.sent_ids: set[str | None] | None = None
         self.rows = 0
         self.last_at: float | None = None  # when the last span came that is or may be of this run
-        self.foreign = self.dropped = self.refused = self.unusable = 0
+        self.foreign = self.earlier = self.dropped = self.refused = self.unusable = 0
+        self.began = time.time() - now()  # of the run, as the wall clock here has it
         self.closed = False
         self.why_refused = self.why_unwritten = ""
         self.budget, self.filled_at = SPANS_PER_S * BURST_S, now()
@@ -104,11 +106,11 @@ class SpanStore:
     def close(self) -> list[str]:
         """Sort out what was held back, close the file; what the user should know."""
         with self.lock:
-            for request in self.held:
-                if not self._sent_ids().isdisjoint((request.request_id, request.trace_id)):
-                    self.dropped += not self._write(request)
+            for told in self.held:
+                if not self._sent_ids().isdisjoint((told.request.request_id, told.request.trace_id)):
+                    self.dropped += not self._write(told.request)
                 else:
-                    self.foreign += 1
+                    self._leave_out(told)
             self.held, self.closed = [], True
             if self.out is not None:
                 self.out.close()
@@ -120,9 +122,21 @@ class SpanStore:
             self.sent_ids = set(_requests_in(self.folder / "requests.jsonl"))
         return self.sent_ids
 
+    def _is_earlier(self, told: SpanTold) -> bool:
+        """Whether its request had ended before the run began, by the server's own clock."""
+        return 0 < told.ended_at < self.began
+
+    def _leave_out(self, told: SpanTold) -> None:
+        if self._is_earlier(told):
+            self.earlier += 1
+        else:
+            self.foreign += 1
+
     def _notes(self) -> Iterator[str]:
         if self.foreign:
             yield f"OTLP: {self.foreign} spans were of requests that this run did not send; they were left out"
+        if self.earlier:
+            yield f"OTLP: {self.earlier} spans were of requests that had ended before this run; they were left out"
         if self.dropped:
             yield (
                 f"OTLP: {self.dropped} spans were dropped: no more than {SPANS_PER_S} a second and {MAX_ROWS} in all "
@@ -151,19 +165,21 @@ class SpanStore:
                     told = read_span(span, stage, at)
                     if told is not None:
                         self.unusable += told.unusable
-                        dropped += not self._keep(told.request, told.ours)
+                        dropped += not self._keep(told)
         return dropped
 
-    def _keep(self, request: ServerRequest, ours: bool | None) -> bool:
+    def _keep(self, told: SpanTold) -> bool:
         """Whether there was room."""
-        if ours is False:
-            self.foreign += 1
+        if told.ours is False:
+            self._leave_out(told)
             return True
+        request = told.request
         self.last_at = request.at
-        if ours is None:
+        # An earlier one is of another run, unless the server's clock is behind ours.
+        if told.ours is None or self._is_earlier(told):
             if len(self.held) >= MAX_HELD:
                 return False
-            self.held.append(request)
+            self.held.append(told)
             return True
         assert request.trace_id is not None
         self.told_of.setdefault(request.server, set()).add(request.trace_id)
@@ -284,6 +300,7 @@ class _HttpServer(ThreadingHTTPServer):
         self.port = self.socket.getsockname()[1]
         self.store = store
         self.free = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.connections: set[socket.socket] = set()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -293,9 +310,11 @@ class _HttpServer(ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        self.connections.add(request)
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self.connections.discard(request)
             self.free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -305,6 +324,11 @@ class _HttpServer(ThreadingHTTPServer):
     def close(self) -> None:
         self.shutdown()
         self.server_close()
+        for connection in list(
+            self.connections
+        ):  # an exporter keeps its own, and would go on sending to a closed store
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 class _HttpHandler(BaseHTTPRequestHandler):

@@ -44,6 +44,7 @@ _VLLM_ENVIRONMENT = {
     "VLLM_LOG_STATS_INTERVAL": "1",
     "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
     "OTEL_SERVICE_NAME": "vllm",
+    "OTEL_BSP_SCHEDULE_DELAY": "1000",  # ms; spans come in batches of 5 s otherwise, after the end of a short run
 }
 
 # The command `transformers`, which with continuous batching then logs the queue time and the end of each request: its

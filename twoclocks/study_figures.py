@@ -17,6 +17,7 @@ from twoclocks.clocks import CLOCKS
 from twoclocks.load import Run
 from twoclocks.metrics import Floats, Ints, definition
 from twoclocks.study_arms import MOST, Arm, Pooled, blocks
+from twoclocks.summary import batches_of
 
 PERCENTILES = (50, 95, 99)
 LATENCIES = {
@@ -28,10 +29,6 @@ RATES: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "output_throughput": ("output tokens/s", "tokens/s", metrics.output_throughput),
     "request_throughput": ("requests/s", "requests/s", metrics.request_throughput),
 }
-BATCH = (
-    "batch wall time = first request of a batch sent -> last token of its last one; batches in which every request "
-    "ended ok"
-)
 MEMORY = {
     "weights": "weights",
     "weights_on_disk": "weights on disk",
@@ -107,7 +104,7 @@ def figures(arm: Arm, pool: Pooled) -> dict[str, Figure]:
     if not arm.runs:
         return {}
     found = _requests(pool, len(arm.runs)) | _latencies(pool) | _throughputs(arm.runs)
-    return found | _batches(arm, pool) | _goodput(arm) | _server(pool) | _kv(arm) | _memory(arm)
+    return found | _batches(arm) | _goodput(arm) | _server(pool) | _kv(arm) | _memory(arm)
 
 
 def _requests(pool: Pooled, repeats: int) -> dict[str, Figure]:
@@ -188,31 +185,27 @@ def rate(label: str, unit: str, meaning: str, parts: list[Floats]) -> Figure:
     return Figure(float(np.mean(parts)), unit, label, meaning, None, each, Sample("mean", parts) if enough else None)
 
 
-def _batches(arm: Arm, pool: Pooled) -> dict[str, Figure]:
-    """Wall time of whole batches: in shape batch, the requests of one share the time at which they were due."""
+def _batches(arm: Arm) -> dict[str, Figure]:
+    """Latency of whole batches, in shape batch."""
     load = arm.experiment.get("load") or {}
     if load.get("shape") != "batch":
         return {}
     size = int(load.get("batch") or 16)
-    walls, tokens, repeats = [], [], []
-    for _, rows in pool.measured.groupby(["repeat", "worker", "intended_at"]):
-        if (rows["status"] == "ok").all() and len(rows) == size:
-            walls.append(float((rows["sent_at"] + rows["e2e"]).max() - rows["sent_at"].min()))
-            tokens.append(float(rows["output_tokens"].sum()))
-            repeats.append(int(rows["repeat"].iloc[0]))
-    if not walls:
+    made = [batches_of(run) for run in arm.runs]
+    of_repeat = np.repeat(np.arange(len(made)), [len(one.seconds) for one in made])
+    if not len(of_repeat):
         return {}
-    wall, of_repeat, units = np.array(walls), np.array(repeats), np.arange(len(walls))
-    share = f"{BATCH}; divided by the {size} requests of a batch"
-    rates = f"output tokens of a batch / its wall time; {BATCH}"
-    found = spread(
-        "batch_wall", "wall time of a batch,", "s", f"{BATCH}; batches of {size}", wall, units, of_repeat, True
-    )
+    seconds, tokens = np.concatenate([one.seconds for one in made]), np.concatenate([one.tokens for one in made])
+    which = f"{definition(metrics.batches)} Batches of {size} whose requests all ended ok"
+    units = np.arange(len(seconds))
+    share = f"batch latency / the {size} requests of the batch; {which}"
+    rates = f"output tokens of a batch / batch latency; {which}"
+    found = spread("batch_latency", "batch latency", "s", which, seconds, units, of_repeat, True)
     found |= spread(
-        "batch_per_request", "wall time of a batch / its requests,", "s", share, wall / size, units, of_repeat, True
+        "batch_latency_per_request", "batch latency / its requests,", "s", share, seconds / size, units, of_repeat, True
     )
     return found | spread(
-        "batch_throughput", "output tokens/s of a batch,", "tokens/s", rates, np.array(tokens) / wall, units, of_repeat
+        "batch_throughput", "output tokens/s of a batch,", "tokens/s", rates, tokens / seconds, units, of_repeat
     )
 
 

@@ -16,7 +16,7 @@ from twoclocks.study_figures import LATENCIES, Figure, by_clock, clocks, differe
 
 Figures = Mapping[str, Figure]
 COMPARED = (
-    "ttft.mean", "ttft.p50", "ttft.p95", "tpot.mean", "itl.p50", "e2e.mean", "e2e.p50", "e2e.p95", "batch_wall.mean",
+    "ttft.mean", "ttft.p50", "ttft.p95", "tpot.mean", "itl.p50", "e2e.mean", "e2e.p50", "e2e.p95", "batch_latency.mean",
     "output_throughput", "request_throughput", "batch_throughput.mean", "saturation", "saturation.output_throughput",
     "memory.weights", "memory.kv_reserved", "memory.kv_used_peak", "kv_usage_peak", "memory.process_rss_peak",
 )  # fmt: skip

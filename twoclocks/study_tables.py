@@ -39,7 +39,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Inter-token latency (ITL), chunk gaps": ("itl.mean", "itl.p50", "itl.p95", "itl.p99"),
     "Request duration (E2E)": ("e2e.mean", "e2e.p50", "e2e.p95", "e2e.p99"),
     "Batches": (
-        "batch_wall.mean", "batch_wall.p50", "batch_per_request.mean", "batch_throughput.mean",
+        "batch_latency.mean", "batch_latency.p50", "batch_latency_per_request.mean", "batch_throughput.mean",
     ),
     "Over load": (
         "saturation", "saturation.output_throughput", "saturation.request_throughput", "saturation.goodput",
@@ -86,7 +86,7 @@ def figure_tables(summary: dict[str, Any]) -> list[Table]:
 
 OVERVIEW = {
     "requests.ok": "ok", "requests.failed": "failed", "output_throughput": "tokens/s", "ttft.p50": "TTFT p50",
-    "ttft.p95": "p95", "tpot.p50": "TPOT p50", "e2e.mean": "E2E mean", "e2e.p95": "p95", "batch_wall.mean": "batch",
+    "ttft.p95": "p95", "tpot.p50": "TPOT p50", "e2e.mean": "E2E mean", "e2e.p95": "p95", "batch_latency.mean": "batch",
     "saturation.output_throughput": "most tokens/s",
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ from twoclocks.study_tables import (
 from twoclocks.terminal import number, to_text
 
 IN_SHORT = (
-    "ttft.p50", "tpot.mean", "e2e.mean", "batch_wall.mean", "output_throughput", "batch_throughput.mean",
+    "ttft.p50", "tpot.mean", "e2e.mean", "batch_latency.mean", "output_throughput", "batch_throughput.mean",
     "saturation.output_throughput", "memory.kv_used_peak", "memory.process_rss_peak",
 )  # fmt: skip
 """What of the differences the terminal shows."""

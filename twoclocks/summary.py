@@ -297,7 +297,7 @@ def _figures(run: Run) -> dict[str, Any]:
             ),
         }
     if shape_of(run) == "batch":
-        made = _batches(run)
+        made = batches_of(run)
         which = "batches of load.batch requests that all ended ok"
         figures |= {
             "batches": one(len(made.seconds), "requests", f"measured {which}"),
@@ -329,7 +329,7 @@ def shape_of(run: Run) -> str | None:
     return shape
 
 
-def _batches(run: Run) -> metrics.Batches:
+def batches_of(run: Run) -> metrics.Batches:
     """The measured batches of shape batch: requests of one worker that were due at the same moment.
 
     Those that are not of full size (the last one of load.requests) are left out.
