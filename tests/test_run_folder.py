@@ -38,6 +38,7 @@ def test_what_is_known_so_far_stands_in_run_json(tmp_path, monkeypatch):
     meta = json.loads((folder.path / "run.json").read_text())
 
     assert (meta["status"], meta["lost_records"]) == ("finished", 0)
+    assert f"model name\t: {meta['host']['cpu_model']}" in Path("/proc/cpuinfo").read_text()
     assert meta["command_line"] == ["locust", "--set", "target.headers.Authorization=***", "-u", "3"]
 
 

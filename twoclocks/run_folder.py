@@ -117,6 +117,15 @@ def this_clock() -> str:
         return socket.gethostname()
 
 
+def cpu_model() -> str | None:
+    """What the processor calls itself; None where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
 def first_meta(zero_ns: int) -> dict[str, Any]:
     """What run.json holds from the start, whatever the run becomes."""
     return {
@@ -126,6 +135,7 @@ def first_meta(zero_ns: int) -> dict[str, Any]:
             "hostname": socket.gethostname(),
             "cpu_count": os.cpu_count(),
             "platform": platform.platform(),
+            "cpu_model": cpu_model(),
             "python": platform.python_version(),
         },
         "command_line": [masked_word(word) for word in sys.argv],
