@@ -14,12 +14,12 @@ from twoclocks.clocks import CLOCKS
 from twoclocks.compare_text import DIFFERENCES, interval, percent
 from twoclocks.errors import RunFolderError, TwoclocksError
 from twoclocks.load import Run, load_run
-from twoclocks.metrics import definition
+from twoclocks.metrics import definition, distribution
 from twoclocks.plots import violins
 from twoclocks.report import VIOLIN, Report, page, picture, write_json
 from twoclocks.samples import Sample
 from twoclocks.study import STUDY_FILE, finished, read_study
-from twoclocks.summary import distribution, summarise
+from twoclocks.summary import summarise
 from twoclocks.verdict import verdict
 
 ROWS: dict[str, tuple[str, Callable[..., Any]]] = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,17 +21,16 @@ import pandas as pd
 import yaml
 
 from twoclocks import metrics
+from twoclocks.arrivals import chunk_columns, floats
 from twoclocks.errors import RunFolderError
 from twoclocks.expositions import Scrapes, label_text, quiet_scrape, read_scrapes
 from twoclocks.join import TEXT_COLUMNS, Joined, join
 from twoclocks.log_files import read_log_files
 from twoclocks.log_series import log_series, placed, zone_of
 from twoclocks.metrics import Chunks, Floats
-from twoclocks.record import HUNG_UP, TOKEN_KINDS, Kind, Record, read_records
+from twoclocks.record import HUNG_UP, KINDS, Record, read_records
 from twoclocks.server_logs import log_requests
 from twoclocks.server_requests import read_server_requests
-
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _Lists = tuple[Any, Any, list[bool]]  # chunk_us of all chunks, chunks of each request, does it tell its tokens?
 BATCH = 5000
@@ -259,7 +258,7 @@ def _read(path: Path) -> tuple[list[Record], Chunks, _Lists]:
     try:
         reader = read_records(path)
         while batch := list(itertools.islice(reader, BATCH)):
-            batches.append(_columns(batch, path, len(records)))
+            batches.append(chunk_columns(batch, path, len(records)))
             tells_tokens += [record.chunk_tokens is not None for record in batch]
             records += [msgspec.structs.replace(record, chunk_us=[], chunk_tokens=None) for record in batch]
     except FileNotFoundError:
@@ -269,7 +268,7 @@ def _read(path: Path) -> tuple[list[Record], Chunks, _Lists]:
         raise RunFolderError(f"{path} line {line} is no record: {error}") from None
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be read: {error.strerror}") from None
-    batches = batches or [_columns([], path, 0)]
+    batches = batches or [chunk_columns([], path, 0)]
     *columns, micros, counts = (np.concatenate(column) for column in zip(*batches, strict=True))
     return records, Chunks(*columns), (micros, counts, tells_tokens)
 
@@ -280,38 +279,6 @@ def _first_bad_line(path: Path) -> int:
         for _ in read_records(path):
             count += 1
     return count + 1
-
-
-def _columns(records: Sequence[Record], path: Path, first_row: int) -> list[Any]:
-    """The columns of Chunks, then chunk_us and each record's number of chunks; ``first_row`` records came before."""
-    counts = np.array([len(record.chunk_us) for record in records], dtype=np.int64)
-    for row, (record, count) in enumerate(zip(records, counts, strict=True), first_row + 1):
-        expected = {
-            "chunk_kinds": sum(run for _, run in record.chunk_kinds),
-            "chunk_choice": count if record.chunk_choice is None else sum(run for _, run in record.chunk_choice),
-            "chunk_tokens": count if record.chunk_tokens is None else len(record.chunk_tokens),
-        }
-        for name, length in expected.items():
-            if length != count:
-                raise RunFolderError(f"{path} line {row}: {name} tells of {length} chunks, chunk_us of {count}")
-    request = np.repeat(np.arange(len(records), dtype=np.int32), counts)
-    micros = np.fromiter(chain.from_iterable(r.chunk_us for r in records), dtype=np.int64, count=int(counts.sum()))
-    elapsed = np.cumsum(micros)
-    starts = np.cumsum(counts) - counts
-    before = np.concatenate([[0], elapsed])[starts]  # what had elapsed over all requests before this one's first chunk
-    sent_at = _floats([record.sent_at for record in records])
-    kind = _expand([run for record in records for run in record.chunk_kinds], {k: i for i, k in enumerate(KINDS)})
-    is_token = np.isin(kind, [KINDS.index(name) for name in TOKEN_KINDS])
-    tokens = is_token.astype(np.float64)
-    choice = np.zeros(len(kind), dtype=np.int16)
-    for record, start, count in zip(records, starts, counts, strict=True):
-        if record.chunk_tokens is not None:
-            tokens[start : start + count] = _floats(record.chunk_tokens)
-        if record.chunk_choice is not None:
-            choice[start : start + count] = _expand(record.chunk_choice)
-    tokens[np.isnan(tokens) & ~is_token] = 0.0  # no text and no count: no token
-    at = sent_at[request] + (elapsed - before[request]) / 1e6
-    return [request + np.int32(first_row), at, tokens, kind, is_token, choice, micros, counts]
 
 
 def _requests(records: Sequence[Record], arrivals: Chunks, lists: _Lists) -> pd.DataFrame:
@@ -374,7 +341,7 @@ def _log_series(lines: Sequence[str], started_at_unix: float | None, duration_s:
             found.setdefault((sample.name, sample.engine, sample.unit), []).append((at, sample.value))
     read_as = f"UTC{offset.removesuffix('+00:00')}"
     return [
-        LogSeries(name, engine, unit, _floats([at for at, _ in pairs]), _floats([value for _, value in pairs]), read_as)
+        LogSeries(name, engine, unit, floats([at for at, _ in pairs]), floats([value for _, value in pairs]), read_as)
         for (name, engine, unit), pairs in found.items()
     ]
 
@@ -428,13 +395,3 @@ def _distinct(requests: pd.DataFrame) -> list[str]:
     if len(set(ids)) != len(ids):
         raise RunFolderError("requests.jsonl holds a request_id twice, so that chunks cannot be told apart")
     return ids
-
-
-def _expand(runs: Sequence[tuple[Any, int]], codes: dict[Any, int] | None = None) -> Any:
-    values = [codes[value] if codes else value for value, _ in runs]
-    dtype = np.int8 if codes else np.int16
-    return np.repeat(np.array(values, dtype=dtype), np.array([count for _, count in runs], dtype=np.int64))
-
-
-def _floats(values: Sequence[float | None]) -> Floats:
-    return np.array(values, dtype=np.float64)  # numpy reads None as NaN

@@ -5,7 +5,7 @@ what reports show as the definition (`definition`), so a figure and its meaning 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ Ints = NDArray[np.int64]
 Rows = NDArray[np.int32]
 Bools = NDArray[np.bool_]
 
+PERCENTILES = (50, 95, 99)
+
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
@@ -25,7 +27,7 @@ class Chunks:
     request: Rows  # row number of the chunk's request, ascending
     at: Floats  # arrival on the run's clock
     tokens: Floats  # NaN where unknown
-    kind: NDArray[np.int8]  # index into load.KINDS
+    kind: NDArray[np.int8]  # index into record.KINDS
     is_token: Bools  # content, reasoning or tool: what a reader sees
     choice: NDArray[np.int16]
 
@@ -42,6 +44,16 @@ class Gaps:
 def definition(function: Callable[..., Any]) -> str:
     """The first paragraph of a metric's docstring, on one line."""
     return " ".join(inspect.cleandoc(function.__doc__ or "").split("\n\n")[0].split())
+
+
+def distribution(values: Floats) -> dict[str, Any]:
+    """n, mean, p50, p95, p99, min, max of the values that are known. Percentiles interpolate linearly."""
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return {"n": 0} | dict.fromkeys(("mean", *(f"p{p}" for p in PERCENTILES), "min", "max"))
+    quantiles = {f"p{p}": float(q) for p, q in zip(PERCENTILES, np.percentile(known, PERCENTILES), strict=True)}
+    extremes = {"min": float(known.min()), "max": float(known.max())}
+    return {"n": len(known), "mean": float(known.mean()), **quantiles, **extremes}
 
 
 def first_event(chunks: Chunks, sent_at: Floats) -> Floats:
@@ -178,6 +190,13 @@ def batches(batch: Ints, sent_at: Floats, ended_at: Floats, tokens: Floats, whol
     kept = np.bincount(row, weights=~whole, minlength=len(numbers)) == 0
     made = np.bincount(row, weights=tokens, minlength=len(numbers))
     return Batches((last - first)[kept], np.bincount(row, minlength=len(numbers))[kept], made[kept])
+
+
+def slo_limits(experiment: Mapping[str, Any]) -> dict[str, float]:
+    """The limits set in an experiment, in seconds: {"ttft": 0.5, ...}."""
+    slo = experiment.get("slo") or {}
+    names = ("ttft", "tpot", "e2e")
+    return {name: slo[f"{name}_ms"] / 1e3 for name in names if isinstance(slo.get(f"{name}_ms"), int | float)}
 
 
 def meets_slo(ok: Bools, values: dict[str, Floats], limits: dict[str, float]) -> Bools:

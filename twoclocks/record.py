@@ -7,7 +7,7 @@ start on the master's monotonic clock; run.json anchors that clock to wall time.
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -17,6 +17,8 @@ Phase = Literal["warmup", "measure", "drain"]
 Status = Literal["ok", "error", "timeout", "cancelled", "truncated"]
 Kind = Literal["role", "content", "reasoning", "tool", "empty", "finish", "usage"]
 TokenSource = Literal["usage", "per-chunk usage", "tokenizer", "chunks"]
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 TOKEN_KINDS: tuple[Kind, ...] = ("content", "reasoning", "tool")
 """Kinds of chunk that carry tokens a reader sees. A role-only, empty, finish or usage chunk never counts as a token."""

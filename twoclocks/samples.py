@@ -19,8 +19,8 @@ from twoclocks.clocks import METRICS as TOLD
 from twoclocks.intervals import Interval
 from twoclocks.levels import wilson
 from twoclocks.load import Run
-from twoclocks.metrics import Floats, Ints, definition
-from twoclocks.summary import arrived, slo_limits
+from twoclocks.metrics import Floats, Ints, definition, slo_limits
+from twoclocks.summary import arrived
 
 Unit = Literal["s", "share", "requests/s", "tokens/s"]
 

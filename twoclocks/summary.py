@@ -22,7 +22,7 @@ from twoclocks.gpu_summary import gpu_figures
 from twoclocks.load import LogSeries, Run, stage_names, stage_urls
 from twoclocks.log_series import MEANING
 from twoclocks.memory_summary import memory_rows
-from twoclocks.metrics import Bools, Floats, definition
+from twoclocks.metrics import Bools, Floats, definition, distribution, slo_limits
 from twoclocks.prefix_cache import prefix_cache
 from twoclocks.record import GAVE_UP, HUNG_UP, LEFT, TOO_LONG
 from twoclocks.scraped import SAME_TRAFFIC, server_window
@@ -40,7 +40,6 @@ from twoclocks.waterfall import (
     window_waterfall,
 )
 
-PERCENTILES = (50, 95, 99)
 UNSEEN = "Not seen from outside; part of the client's TTFT. Server: "
 BESIDE = (
     "ttft", "tpot", "e2e", "tokenize", "validation", "queue", "prefill", "held", "inference", "time_per_token",
@@ -131,16 +130,6 @@ def _window_waterfall(run: Run) -> Waterfall | None:
     return window_waterfall(table, servers.pop(), means, texts)
 
 
-def distribution(values: Floats) -> dict[str, Any]:
-    """n, mean, p50, p95, p99, min, max of the values that are known. Percentiles interpolate linearly."""
-    known = values[~np.isnan(values)]
-    if not len(known):
-        return {"n": 0} | dict.fromkeys(("mean", *(f"p{p}" for p in PERCENTILES), "min", "max"))
-    quantiles = {f"p{p}": float(q) for p, q in zip(PERCENTILES, np.percentile(known, PERCENTILES), strict=True)}
-    extremes = {"min": float(known.min()), "max": float(known.max())}
-    return {"n": len(known), "mean": float(known.mean()), **quantiles, **extremes}
-
-
 def client_vs_server(ok: pd.DataFrame, error_bars: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
     """Mean and median of what both clocks say of the very same requests; and what only the server can see.
 
@@ -179,13 +168,6 @@ def client_vs_server(ok: pd.DataFrame, error_bars: Mapping[str, float] | None = 
                     }
                 )
     return rows
-
-
-def slo_limits(experiment: Mapping[str, Any]) -> dict[str, float]:
-    """The limits set in an experiment, in seconds: {"ttft": 0.5, ...}."""
-    slo = experiment.get("slo") or {}
-    names = ("ttft", "tpot", "e2e")
-    return {name: slo[f"{name}_ms"] / 1e3 for name in names if isinstance(slo.get(f"{name}_ms"), int | float)}
 
 
 def good_requests(run: Run) -> Bools:
