@@ -190,6 +190,16 @@ def test_values_that_are_all_alike_have_a_width_of_nothing():
     assert ratio([np.zeros(100)], same, "mean") is None
 
 
+def test_no_interval_of_durations_goes_below_zero():
+    """A run whose cache was cold and two whose cache was warm: what repeats scatter has two degrees of freedom."""
+    cold, warm = np.linspace(0.5, 0.6, 6), np.linspace(0.01, 0.02, 6)
+    held = estimate([cold, warm, warm], "mean")
+    signed = estimate([cold - 0.2, warm - 0.2, warm - 0.2], "mean")  # the same, of a quantity that may be negative
+
+    assert (held.low, held.high) == (0, pytest.approx(signed.high + 0.2))
+    assert signed.low < -0.2
+
+
 def test_the_same_seed_gives_the_same_interval_and_another_nearly_so():
     runs = [np.random.default_rng(0).lognormal(0, SIGMA, 200)]
 

@@ -132,6 +132,15 @@ def test_a_cell_that_cannot_be_used_is_told_before_the_first_run(study, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_prompts_that_are_not_there_are_told_before_the_first_run(study, tmp_path):
+    path, _ = study
+    words = [f"variants=[{{name: ok}}, {{name: bad, set: {{workload.requests: '{tmp_path}/none.jsonl'}}}}]"]
+
+    with pytest.raises(TwoclocksError, match=r"none\.jsonl: request file cannot be read"):
+        StudyRuns.begun(load_experiment(path, words), path, words)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_study_by_the_command_line(study, tmp_path, server):
     path, _ = study
     settings = [word for setting in [*ALONE, "load.requests=6", "warmup.requests=0"] for word in ("--set", setting)]

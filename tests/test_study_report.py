@@ -8,10 +8,11 @@ import pytest
 from make_run import make_run
 from make_study import cell, make_cell, make_study, skipped
 
-from twoclocks import load_run, study_report, study_text
+from twoclocks import load_run, study_arms, study_figures, study_report, study_text
 from twoclocks.errors import RunFolderError
 from twoclocks.experiment import Claim, Where
 from twoclocks.run_levels import Level, Levels
+from twoclocks.study import read_study
 
 ANSWERS = {f"p{number}": f"answer {number}" for number in range(7)}
 OTHERS = ANSWERS | {"p2": "another \x1b[31manswer</pre><script>alert(1)</script>"}
@@ -255,6 +256,19 @@ def test_a_batch_takes_as_long_as_its_slowest_request(tmp_path):
     assert figures["batch_latency_per_request.mean"]["value"] == pytest.approx(np.mean(walls) / 4, rel=1e-9)
 
 
+def test_requests_of_a_batch_are_not_taken_for_so_many_chances(tmp_path):
+    """Sixteen requests of a batch that are answered in step tell of one batch."""
+    load = {"shape": "batch", "batch": 16}
+    make_cell(tmp_path / "01-A", requests=128, users=16, batch=16, load=load)
+    make_study(tmp_path, [cell(1, "A")])
+    (made,), _ = study_arms.read_arms(tmp_path, read_study(tmp_path), lambda _line: None)
+    found = study_figures.figures(made, study_arms.pooled(made))
+
+    for name in ("e2e.mean", "ttft.p50", "itl.mean", "stream_throughput.mean"):
+        assert len(np.unique(np.concatenate(found[name].sample.units))) == 8
+        assert sum(map(len, found[name].sample.values)) >= 128
+
+
 def test_variants_that_are_rates_make_a_curve(tmp_path):
     cells = []
     for number, rate in enumerate((1, 2, 4), 1):
@@ -333,6 +347,9 @@ def test_a_study_of_which_nothing_finished_still_has_a_report(tmp_path):
 
     assert built.exit_code == 1
     assert "NO FIGURES" in built.html.read_text()
+    assert all(
+        len(line) > 2 for line in built.text.read_text().splitlines() if line
+    )  # no title of a table without columns
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"kind": "study"}'])

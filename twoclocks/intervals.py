@@ -94,7 +94,10 @@ def estimate(
     a request has many (gaps); requests are then resampled with all their values. NaN is left out.
     """
     side = _draw(groups, statistic, resamples, np.random.default_rng(seed), level, units)
-    return None if side is None else _interval(side.estimate, side.draws, side.freedom, side.n, level)
+    if side is None:
+        return None
+    smallest = min(float(np.nanmin(group)) for group in groups if not np.isnan(group).all())
+    return _interval(side.estimate, side.draws, side.freedom, side.n, level, least_value=smallest)
 
 
 def difference(
@@ -426,10 +429,14 @@ def _satterthwaite(*parts: tuple[float, float]) -> float:
 
 
 def _interval(
-    estimate: float, draws: Floats, freedom: float, n: int, level: float, same: float | None = None
-) -> Interval:
+    estimate: float, draws: Floats, freedom: float, n: int, level: float, same: float | None = None,
+    least_value: float = -math.inf,
+) -> Interval:  # fmt: skip
     tail = (1 - level) / 2
     widened = float(stats.t.ppf(1 - tail, freedom) / stats.norm.ppf(1 - tail)) if freedom < 1e6 else 1.0
     low, high = (float(end) for end in np.quantile(draws, (tail, 1 - tail)))
-    low, high = min(low, estimate - widened * (estimate - low)), max(high, estimate + widened * (high - estimate))
+    below = estimate - widened * (estimate - low)
+    low, high = min(low, below), max(high, estimate + widened * (high - estimate))
+    if low < 0 <= least_value:  # no interval says of a duration that it may be negative
+        low = 0.0
     return Interval(estimate, low, high, n, level, same)

@@ -120,9 +120,8 @@ def _process(run: Run) -> list[Row]:
     ):
         sizes = [row[f"{kind}_bytes"] for row in samples if row.get(f"{kind}_bytes") is not None]
         if sizes:
-            count = f"{len(sizes)} sample{'s' if len(sizes) > 1 else ''}"
             text = (
-                f"largest resident memory of process {samples[0]['pid']} and all that it started, in {count} of the "
+                "largest resident memory of the server's process and all that it started, in any sample of the "
                 f"measuring window; {meaning}. Weights, KV cache and the program are in it, memory on a GPU is not"
             )
             source = "smaps_rollup" if kind == "pss" else "statm"

@@ -29,6 +29,7 @@ from twoclocks.run_levels import LevelRuns
 from twoclocks.start import check, served
 from twoclocks.study import STUDY_FILE, Cell, Skipped, Study, cells
 from twoclocks.target import resolve
+from twoclocks.workload import load_workload
 
 
 class StudyRuns:
@@ -165,14 +166,20 @@ class StudyRuns:
 
 
 def runs_of(experiment: Experiment, path: Path, overrides: Sequence[str]) -> dict[tuple[str, str], Experiment]:
-    """The experiment of each target and variant. Raises ExperimentError for the first that cannot be used."""
+    """The experiment of each target and variant. Raises ExperimentError for the first that cannot be used, or whose
+    prompts cannot.
+    """
     targets = [str(one["name"]) for one in experiment.targets] or [""]
     variants = [one.name for one in experiment.variants] or [""]
-    return {
+    runs = {
         (target, variant): load_experiment(path, overrides, target=target or None, variant=variant or None)
         for target in targets
         for variant in variants
     }
+    # once each: a file of prompts may be large
+    for run in {msgspec.json.encode((run.workload, run.target.api)): run for run in runs.values()}.values():
+        load_workload(run)
+    return runs
 
 
 def missing_targets(experiment: Experiment, runs: dict[tuple[str, str], Experiment]) -> list[Skipped]:

@@ -30,7 +30,9 @@ MOST = {"output_throughput": "tokens_per_s", "request_throughput": "achieved"}
 
 @dataclass(frozen=True)
 class Pooled:
-    """The requests of all repeats of an arm, as one table; ``repeat`` in it is the place of the run they are from."""
+    """The requests of all repeats of an arm, as one table; ``repeat`` in it is the place of the run they are from, and
+    ``drawn_with`` the same number for requests that an interval takes together.
+    """
 
     shown_name: str
     measured: pd.DataFrame
@@ -99,6 +101,13 @@ def arm_name(study: Study, target: str, variant: str) -> str:
     return ", ".join(part for part in parts if part) or study.name
 
 
+def _drawn_with(table: pd.DataFrame, arm: Arm) -> metrics.Ints:
+    """What a request shares with others that chance befell with it: its batch; otherwise each is on its own."""
+    if (arm.experiment.get("load") or {}).get("shape") != "batch":
+        return np.arange(len(table), dtype=np.int64)
+    return table.groupby(["worker", "intended_at"]).ngroup().to_numpy().astype(np.int64)
+
+
 def pooled(arm: Arm) -> Pooled:
     """The requests of all repeats of an arm. Request rows are numbered anew."""
     tables, gaps, before = [], [], 0
@@ -108,6 +117,7 @@ def pooled(arm: Arm) -> Pooled:
         place[table.index.to_numpy()] = np.arange(len(table)) + before
         gaps.append(replace_rows(run.gaps, place))
         table["repeat"] = repeat
+        table["drawn_with"] = _drawn_with(table, arm) + before
         tables.append(table)
         before += len(table)
     empty = metrics.Gaps(np.array([], dtype=np.int32), np.array([]), np.array([]))

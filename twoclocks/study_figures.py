@@ -126,37 +126,42 @@ def _requests(pool: Pooled, repeats: int) -> dict[str, Figure]:
 
 def _latencies(pool: Pooled) -> dict[str, Figure]:
     found: dict[str, Figure] = {}
-    repeat = pool.measured["repeat"].to_numpy()
+    repeat, drawn = (pool.measured[column].to_numpy() for column in ("repeat", "drawn_with"))
     for name, (label, function) in LATENCIES.items():
         found |= _of_requests(pool.ok, name, name, label, definition(function))
     gaps = pool.gaps
-    found |= spread("itl", "ITL", "s", definition(metrics.chunk_gaps), gaps.seconds, gaps.request, repeat, True)
+    found |= spread("itl", "ITL", "s", definition(metrics.chunk_gaps), gaps.seconds, gaps.request, repeat, drawn, True)
     ok = pool.ok
     rates = metrics.stream_throughput(ok["e2e"].to_numpy(), ok["output_tokens"].to_numpy())
     rows, meaning = np.arange(len(ok)), definition(metrics.stream_throughput)
     return found | spread(
-        "stream_throughput", "tokens/s of one request", "tokens/s", meaning, rates, rows, ok["repeat"].to_numpy()
-    )
+        "stream_throughput", "tokens/s of one request", "tokens/s", meaning, rates, rows, ok["repeat"].to_numpy(),
+        ok["drawn_with"].to_numpy(),
+    )  # fmt: skip
 
 
 def _of_requests(ok: pd.DataFrame, column: str, name: str, label: str, meaning: str) -> dict[str, Figure]:
     """Mean and percentiles of a column of seconds over requests."""
-    values, repeat = ok[column].to_numpy(dtype=np.float64), ok["repeat"].to_numpy()
-    return spread(name, label, "s", meaning, values, np.arange(len(ok)), repeat, True)
+    values = ok[column].to_numpy(dtype=np.float64)
+    repeat, drawn = ok["repeat"].to_numpy(), ok["drawn_with"].to_numpy()
+    return spread(name, label, "s", meaning, values, np.arange(len(ok)), repeat, drawn, True)
 
 
 def spread(
-    name: str, label: str, unit: str, meaning: str, values: Floats, request: Any, repeats: Ints,
+    name: str, label: str, unit: str, meaning: str, values: Floats, request: Any, repeats: Ints, drawn_with: Ints,
     is_duration: bool = False,
 ) -> dict[str, Figure]:  # fmt: skip
-    """Mean and percentiles of values; ``request``: the row in ``repeats`` of the request that each belongs to."""
+    """Mean and percentiles of values.
+
+    ``request``: the row, in ``repeats`` and ``drawn_with``, of the request that each value belongs to.
+    """
     known = ~np.isnan(values)
     values, rows = values[known], np.asarray(request)[known]
     if not len(values):
         return {}
     of_repeat = repeats[rows]
     places = [np.flatnonzero(of_repeat == one) for one in np.unique(of_repeat)]
-    groups, units = [values[place] for place in places], [rows[place] for place in places]
+    groups, units = [values[place] for place in places], [drawn_with[rows[place]] for place in places]
     found = {}
     for statistic in ("mean", *(f"p{p}" for p in PERCENTILES)):
         reduce = intervals.STATISTICS[statistic]
@@ -200,12 +205,20 @@ def _batches(arm: Arm) -> dict[str, Figure]:
     units = np.arange(len(seconds))
     share = f"batch latency / the {size} requests of the batch; {which}"
     rates = f"output tokens of a batch / batch latency; {which}"
-    found = spread("batch_latency", "batch latency", "s", which, seconds, units, of_repeat, True)
+    found = spread("batch_latency", "batch latency", "s", which, seconds, units, of_repeat, units, True)
     found |= spread(
-        "batch_latency_per_request", "batch latency / its requests,", "s", share, seconds / size, units, of_repeat, True
+        "batch_latency_per_request",
+        "batch latency / its requests,",
+        "s",
+        share,
+        seconds / size,
+        units,
+        of_repeat,
+        units,
+        True,
     )
     return found | spread(
-        "batch_throughput", "output tokens/s of a batch,", "tokens/s", rates, tokens / seconds, units, of_repeat
+        "batch_throughput", "output tokens/s of a batch,", "tokens/s", rates, tokens / seconds, units, of_repeat, units
     )
 
 

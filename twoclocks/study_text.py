@@ -53,8 +53,8 @@ def terminal_text(summary: dict[str, Any]) -> str:
     parts += [Text(plain(line)) for line in verdict_lines(summary)]
     claimed = claims_table(summary)
     optional = [table for table in (lines_table(summary), sharing_table(summary)) if table is not None]
-    for table in [overview(summary), *map(narrow, differences_tables(summary, IN_SHORT)), *optional]:
-        parts.append(_rich(table))
+    tables = [overview(summary), *map(narrow, differences_tables(summary, IN_SHORT)), *optional]
+    parts += [_rich(table) for table in tables if table.rows]
     if claimed is not None:
         parts += [Text("Claims", style="bold"), *_claim_lines(summary, claimed)]
     parts.append(Text(plain(summary["machine"]), style="dim"))
