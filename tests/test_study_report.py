@@ -8,7 +8,7 @@ import pytest
 from make_run import make_run
 from make_study import cell, make_cell, make_study, skipped
 
-from twoclocks import load_run, study_arms, study_figures, study_report, study_text
+from twoclocks import load_run, study_arms, study_figures, study_report, study_tables, study_text
 from twoclocks.errors import RunFolderError
 from twoclocks.experiment import Claim, Where
 from twoclocks.run_levels import Level, Levels
@@ -38,6 +38,7 @@ def duel(tmp_path_factory):
         claim("slower", "e2e.mean", Where(target="B"), Where(target="A"), published=0.5),
         claim("in ms", "ttft.p50", Where(target="A"), published=31.0, unit="ms"),
         claim("of the third", "ttft.p50", Where(target="C"), published=1.0),
+        claim("of no consequence", "ttft.mean", Where(target="A"), Where(target="A"), published=1.5),
         claim("not there", "memory.gpu_used_peak", Where(target="A"), published=1.0),
     ]
     make_study(folder, cells, claims=claims, targets=["A", "B", "C"], skipped=[skipped("C", "no answer at :1")])
@@ -116,13 +117,17 @@ def test_differences_are_paired_by_prompt_and_tell_the_direction(duel):
 
 def test_what_is_published_is_set_against_what_was_measured_and_never_mixed(duel):
     _, built = duel
-    twice, slower, in_ms, third, absent = built.summary["claims"]
+    twice, slower, in_ms, third, undecided, absent = built.summary["claims"]
     row = next(row for row in built.summary["differences"] if row["figure"] == "e2e.mean")
 
     assert (twice["value"], twice["low"], twice["high"]) == (row["ratio"], row["ratio_low"], row["ratio_high"])
     assert twice["same_direction"] is True
     assert twice["holds"] is (row["ratio_low"] <= 2.0 <= row["ratio_high"])
     assert (slower["same_direction"], slower["holds"]) == (False, False)
+    assert (undecided["value"], undecided["same_direction"]) == (1, None)  # a target against itself
+    assert "within chance" in next(
+        row for row in study_tables.claims_table(built.summary).rows if row[0] == undecided["says"]
+    )
     ttft = arm(built.summary, "A")["figures"]["ttft.p50"]
     assert in_ms["value"] == ttft["value"]
     assert in_ms["holds"] is (ttft["low"] <= 0.031 <= ttft["high"])

@@ -151,7 +151,8 @@ def _measured(claim: Claim, sides: Sequence[tuple[Figure, Pooled]]) -> dict[str,
             return found | {"value": None, "unit": None, "why": "the figure that it is set against is 0"}
         (within, _), scale = against(claim.figure, sides[1], sides[0]), 1.0
         found |= {"value": within.estimate if within else of.value / below.value, "unit": "x"}
-        found["same_direction"] = bool((found["value"] > 1) == (claim.published > 1))
+        decided = within is None or not within.low <= 1 <= within.high
+        found["same_direction"] = bool((found["value"] > 1) == (claim.published > 1)) if decided else None
     if within is not None:
         found |= {"low": within.low, "high": within.high}
         found["holds"] = None if scale is None else bool(within.low <= claim.published * scale <= within.high)

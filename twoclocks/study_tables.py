@@ -165,8 +165,9 @@ def claims_table(summary: dict[str, Any]) -> Table | None:
             measured = in_published_unit(claim)
         about = "; ".join(part for part in (claim["source"], claim["conditions"]) if part)
         sides = [side(claim[key], claim) for key in ("of", "over")]
-        judged = [yes(claim[key]) for key in ("same_direction", "holds")]
-        rows.append([claim["says"], published, measured, *judged, *sides, about or "not told"])
+        rows.append(
+            [claim["says"], published, measured, direction(claim), yes(claim["holds"]), *sides, about or "not told"]
+        )
     note = f"{summary['machine']} Published values stand in the column of that name only."
     return Table("Claims", headings, rows, note, words=(2, 3, 4, 5, 6, 7))
 
@@ -191,6 +192,15 @@ def side(of: dict[str, Any] | None, claim: dict[str, Any]) -> str:
         unit = "" if shown_unit(of["unit"]) in of["label"] else shown_unit(of["unit"])
         told = f"{of['label']} {estimate(of)} {unit}".strip()
     return f"{who}: {told}" if who else told
+
+
+def direction(claim: dict[str, Any]) -> str:
+    """Whether the ratio measured here lies on the published one's side of 1."""
+    if not claim["is_ratio"] or claim["why"] is not None:
+        return DASH
+    if claim["same_direction"] is None:
+        return "within chance"
+    return yes(claim["same_direction"]) + (", but no interval" if claim["low"] is None else "")
 
 
 def yes(value: bool | None) -> str:
