@@ -201,9 +201,9 @@ def _batches(arm: Arm) -> dict[str, Figure]:
     if not len(of_repeat):
         return {}
     seconds, tokens = np.concatenate([one.seconds for one in made]), np.concatenate([one.tokens for one in made])
-    which = f"{definition(metrics.batches)} Batches of {size} whose requests all ended ok"
+    which = f"{definition(metrics.batches)} Batches whose requests all ended ok"
     units = np.arange(len(seconds))
-    share = f"batch latency / the {size} requests of the batch; {which}"
+    share = f"batch latency / requests of the batch; {which}"
     rates = f"output tokens of a batch / batch latency; {which}"
     found = spread("batch_latency", "batch latency", "s", which, seconds, units, of_repeat, units, True)
     found |= spread(
