@@ -168,7 +168,7 @@ def test_each_row_is_what_was_planted_inside_the_window(planted):
         "gpu_used_peak": 6,
     }
     assert all(row["source"] and row["definition"] for row in rows.values())
-    assert "3 samples" in rows["process_rss_peak"]["definition"]
+    assert (rows["process_rss_peak"]["n"], rows["process_pss_peak"]["n"]) == (3, 2)
 
 
 def test_the_table_stands_in_terminal_and_report(planted):
@@ -183,6 +183,15 @@ def test_the_table_stands_in_terminal_and_report(planted):
     assert 'title="161600 bytes"' in html
     assert "model_folder: /m&lt;b&gt;" in html  # how the server was started
     assert "kv_bytes_per_token&#39;" not in html  # and not as it stands in run.json
+
+
+def test_a_cache_that_no_scrape_saw_in_use_has_no_row(planted):
+    (planted / "server_samples.jsonl").write_text(
+        scrape(3.0, vllm__cache_config_info={config("0", 101): 1}, vllm__kv_cache_usage_perc={'{"engine": "0"}': 0})
+    )
+    names = {row["name"] for row in memory_rows(load_run(planted))}
+
+    assert names & {"kv_reserved", "kv_used_peak"} == {"kv_reserved"}
 
 
 def test_several_engines_add_up_and_say_so(planted):

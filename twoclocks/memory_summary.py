@@ -17,7 +17,10 @@ KV_CONFIG = "vllm:cache_config_info"
 
 
 def memory_rows(run: Run) -> list[Row]:
-    """Rows of {name, bytes, source, definition}: what run.json brings, then what is computed here."""
+    """Rows of {name, bytes, source, definition}: what run.json brings, then what is computed here.
+
+    A peak of samples has their number, n.
+    """
     brought = [row for row in run.meta.get("memory") or [] if _is_row(row)]
     own = [*_weights(run), *_kv_cache(run), *_process(run), *_gpus(run)]
     names = {row["name"] for row in brought}
@@ -73,7 +76,7 @@ def _kv_cache(run: Run) -> list[Row]:
         else "kv_cache_memory_bytes, as it was set"
     )
     rows = [_row("kv_reserved", reserved, KV_CONFIG, f"{how}: taken at the start, whatever is used of it")]
-    if not np.isnan(used):
+    if used > 0:  # else nobody told, or every request came and went between two scrapes
         several = "; of several engines the sum of their peaks, an upper bound" if len(told) > 1 else ""
         text = (
             "largest share of blocks in use in any scrape of the measuring window x kv_reserved, without vLLM's null "
@@ -125,7 +128,7 @@ def _process(run: Run) -> list[Row]:
                 f"measuring window; {meaning}. Weights, KV cache and the program are in it, memory on a GPU is not"
             )
             source = "smaps_rollup" if kind == "pss" else "statm"
-            rows.append(_row(f"process_{kind}_peak", max(sizes), f"/proc/PID/{source}", text))
+            rows.append(_row(f"process_{kind}_peak", max(sizes), f"/proc/PID/{source}", text) | {"n": len(sizes)})
     return rows
 
 
