@@ -1,5 +1,6 @@
 """A study as run folders: every cell there, what is missing said, what broke off gone on with."""
 
+import contextlib
 import json
 import socket
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from fake_server import FakeServer
 from make_run import make_run
 
-from twoclocks import cli
+from twoclocks import cli, run
 from twoclocks.child import Child
 from twoclocks.errors import TargetError, TwoclocksError
 from twoclocks.experiment import load_experiment
@@ -93,6 +94,18 @@ def test_ctrl_c_ends_the_study_after_the_run(study):
     stored = read_study(runs.folder)
     assert stored.status == "interrupted"
     assert [cell.status for cell in stored.cells] == ["finished", "finished", "interrupted", *["planned"] * 5]
+
+
+def test_ctrl_c_says_how_to_go_on(study, tmp_path, monkeypatch, capsys):
+    path, _ = study
+    monkeypatch.setattr(run, "passing_signals_on", lambda: contextlib.nullcontext(PretendedRun(stops="02-A-two-r1")))
+    place = tmp_path / "place"
+
+    assert cli.main(["run", str(path), "--run-folder", str(place)]) == 130
+    said = capsys.readouterr().err
+    assert f"interrupted; what was measured is kept: `twoclocks report {place}` shows it" in said
+    assert f"`--resume {place}` goes on" in said
+    assert not (place / "report.html").exists()
 
 
 def test_another_experiment_does_not_go_on_with_it(study):

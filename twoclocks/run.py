@@ -96,7 +96,7 @@ def _levels(
         plan.experiment = there
         plan.run(child, [*_command(options, experiment, path, overrides), *more], progress)
     progress(f"{plan.levels.kind} ended: {plan.folder}")
-    return _reported(options, plan.folder, child, plan.exit_code())
+    return _reported(options, plan.folder, child, plan.exit_code(), progress)
 
 
 def _study(
@@ -117,11 +117,17 @@ def _study(
     )
     code = plan.run(child, options.processes, progress)
     progress(f"study ended: {plan.folder}")
-    return _reported(options, plan.folder, child, code)
+    return _reported(options, plan.folder, child, code, progress)
 
 
-def _reported(options: Namespace, folder: Path, child: Child, code: int) -> int:
+def _reported(options: Namespace, folder: Path, child: Child, code: int, progress: Progress) -> int:
     """Build the report, unless it is left for later; the exit code of all."""
+    if child.stopped.is_set():
+        progress(
+            f"interrupted; what was measured is kept: `twoclocks report {folder}` shows it, the same command with "
+            f"`--resume {folder}` goes on"
+        )
+        return code
     if options.no_report:
         return code
     reported = child.run([sys.executable, "-m", "twoclocks", "report", folder])
