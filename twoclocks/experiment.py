@@ -178,6 +178,14 @@ class Collect(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     process: Count | NoneWord = "none"  # id of the server's process on this machine: the memory of it and its children
 
 
+class Export(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The run's own figures for Prometheus, while it goes on."""
+
+    prometheus_port: Port | NoneWord = "none"  # where this run can be scraped; none: nowhere
+    host: str = "127.0.0.1"  # where that port listens
+    linger_s: NotNegative = 15  # how long the end waits for a last scrape, if there was any before
+
+
 class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ttft_ms: Positive | NoneWord = "none"
     tpot_ms: Positive | NoneWord = "none"
@@ -228,6 +236,7 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     warmup: Warmup = Warmup()
     timeouts: Timeouts = Timeouts()
     collect: Collect = Collect()
+    export: Export = Export()
     slo: Slo = Slo()
     labels: dict[str, str] = {}  # free text on runs
     output_text: bool = False  # keep the answers in requests.jsonl

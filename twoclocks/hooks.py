@@ -17,6 +17,7 @@ from locust.runners import MasterRunner, WorkerRunner
 from twoclocks.endpoint import make_endpoint, token_counter
 from twoclocks.errors import TwoclocksError
 from twoclocks.experiment import load_experiment
+from twoclocks.export import open_port
 from twoclocks.levels import one_run_only
 from twoclocks.master import MasterSide, apply_options
 from twoclocks.run_folder import refuse_existing
@@ -103,6 +104,8 @@ def on_init(environment: Environment, runner: Any, **_: Any) -> None:
         one_run_only(experiment)
         settings = apply_options(experiment, options)
         in_window(load_workload(settings), settings.load)  # so that what cannot be sent is told at once
+        if (listener := open_port(settings.export)) is not None:  # a port that is taken is told at once
+            listener.close()
         make_endpoint(settings.target, settings.timeouts)
         token_counter(settings.target.tokenizer)
     except TwoclocksError as error:

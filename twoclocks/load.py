@@ -115,7 +115,8 @@ class Run:
     def self_samples(self) -> pd.DataFrame:
         """One row a second and process of the load generator: at, worker, loop_lag_s (a list), cpu_s, wall_s, ..."""
         columns = (
-            "at", "worker", "pid", "reader", "loop_lag_s", "cpu_s", "loop_cpu_s", "wall_s", "rss_mb", "open_file_limit"
+            "at", "worker", "pid", "reader", "loop_lag_s", "cpu_s", "loop_cpu_s", "wall_s", "rss_mb", "open_file_limit",
+            "users", "in_flight", "not_sent",
         )  # fmt: skip
         rows = _json_lines(self.path / "self_samples.jsonl")
         return pd.DataFrame({name: [row.get(name) for row in rows] for name in columns})

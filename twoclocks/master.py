@@ -28,6 +28,8 @@ from twoclocks.collect import Collectors, Job
 from twoclocks.endpoint import make_endpoint, request_headers, token_counter
 from twoclocks.errors import TwoclocksError, plain
 from twoclocks.experiment import Experiment, masked, masked_word
+from twoclocks.export import Exporter, is_wide, open_port
+from twoclocks.export import Job as ExportJob
 from twoclocks.live import REFRESH_S, LiveView, Moment, is_shown
 from twoclocks.prefix_plan import Sent, intended
 from twoclocks.prompts import Prompt
@@ -37,12 +39,13 @@ from twoclocks.run_folder import RunFolder, first_meta, this_clock
 from twoclocks.selfwatch import watch
 from twoclocks.shapes import dealt, in_window, is_open, length_s
 from twoclocks.target import metrics_urls, resolve
-from twoclocks.user import Sender, StreamingUser
+from twoclocks.user import Sender, StreamingUser, load_now
 from twoclocks.warmup import in_words, warm_up
 from twoclocks.workload import load_workload, new_salt, plans
 
 PROGRESS_S = 15.0
 OPEN_LEAD_S = 0.25  # between the word to begin and the first request that is due
+LABEL = 200  # characters of a text of others in a label
 WORKER_GRACE_S = 15.0  # beyond the drain, for a worker's last lines to arrive
 
 log = logging.getLogger("twoclocks")
@@ -60,6 +63,7 @@ class MasterSide:
         self.experiment = settings  # as Locust's own options have changed it
         self.folder: RunFolder | None = None
         self.collectors: Collectors | None = None
+        self.exporter: Exporter | None = None
         self.timer: gevent.Greenlet | None = None
         self.watch: gevent.Greenlet | None = None
         self.beginning: gevent.Greenlet | None = None  # who is in begin(), if anyone
@@ -85,7 +89,7 @@ class MasterSide:
         environment.events.test_stopping.add_listener(lambda **_: self.stopping())
         environment.events.test_stop.add_listener(lambda **_: self.end())
         environment.events.quitting.add_listener(lambda **_: self.quitting())
-        environment.events.quit.add_listener(lambda **_: self.say_where())
+        environment.events.quit.add_listener(lambda **_: self.leave())
         if isinstance(runner, MasterRunner):
             runner.register_message("twoclocks_lines", self.on_lines)
             runner.register_message("twoclocks_done", self.on_done)
@@ -130,6 +134,8 @@ class MasterSide:
         self.kept, self.received, self.sent, self.shares = 0, {}, {}, {}
         self.exhausted, self.unsent, self.sent_of_workers = set(), {}, {}
         self.time_is_up, self.broken = False, None
+        if self.exporter is not None:  # of the run before, which may still await a last scrape
+            self.exporter.close()
         self.model, version = resolve(experiment.target)
         endpoint = make_endpoint(experiment.target, experiment.timeouts)
         prompts = self.prompts = in_window(load_workload(experiment), experiment.load)
@@ -154,6 +160,7 @@ class MasterSide:
             workers=1,
         )
         log.info("run folder: %s", self.folder.path)
+        self._export()
         if not target.stream:
             self.note("target.stream is false: an answer comes whole, so that its TTFT is its E2E and it has no TPOT")
         self.collectors = Collectors(self._job())
@@ -181,7 +188,8 @@ class MasterSide:
             self.drawing = gevent.spawn(self._draw, self.live)
         if not isinstance(self.runner, MasterRunner):  # there the workers send, and watch themselves
             reader = reader_name(self.sender.endpoint)
-            self.watch = gevent.spawn(watch, self.zero_ns, 0, os.getpid(), reader, self.keep_self)
+            load = partial(load_now, self.runner, self.sender)
+            self.watch = gevent.spawn(watch, self.zero_ns, 0, os.getpid(), reader, self.keep_self, load)
         self._warm_up()
         self.sent_warmup, self.sender.sent = self.sender.sent, Sent()
         if experiment.load.shape == "trace":  # each time has a prompt of its own
@@ -211,6 +219,31 @@ class MasterSide:
         if self.environment.web_ui is not None:
             # Locust's timer began before the warm-up; the clock that counts is the one above
             self.environment.web_ui._cancel_run_time_timer()
+
+    def _export(self) -> None:
+        """Show the run to Prometheus, if that is wanted, while it goes on."""
+        experiment, folder, listener = self.experiment, self.folder, open_port(self.experiment.export)
+        assert folder is not None
+        if listener is None:
+            return
+        host, port = listener.getsockname()[:2]
+        log.info("Prometheus finds this run at http://%s:%s/metrics", f"[{host}]" if ":" in host else host, port)
+        if is_wide(experiment.export.host):
+            log.warning(
+                "export.host: whoever reaches %s:%s can read the figures of this run, and its model's name", host, port
+            )
+        told = folder.meta["target"]
+        names = {"target": "name", "server": "server", "model": "model", "server_version": "server_version"}
+        about = {label: plain(told[name] or "")[:LABEL] for label, name in names.items()}
+        job = ExportJob(
+            run_folder=str(folder.path),
+            about={"run": folder.path.name, "experiment": plain(experiment.name)[:LABEL]} | about,
+            slo=msgspec.to_builtins(experiment.slo),
+            is_open=is_open(experiment.load),
+            socket=listener.fileno(),
+            linger_s=experiment.export.linger_s,
+        )
+        self.exporter = Exporter(job, listener)
 
     def _job(self) -> Job:
         target, collect, folder = self.experiment.target, self.experiment.collect, self.folder
@@ -463,6 +496,8 @@ class MasterSide:
             missing_workers=missing,
             lost_records=sum(self.sent.values()) - sum(self.received.get(worker, 0) for worker in self.sent),
         )
+        if self.exporter is not None and (missing_figures := self.exporter.finish()):
+            self.note(missing_figures)
         folder.close()
         self.folder, self.sender, self.collectors, self.watch = None, None, None, None
         self.ended.append(folder.path)
@@ -510,8 +545,10 @@ class MasterSide:
             self.environment.stop_timeout = 0
             stop()
 
-    def say_where(self) -> None:
-        """The last line of a headless run."""
+    def leave(self) -> None:
+        """Let Prometheus see the end, and say where everything is: the last line of a headless run."""
+        if self.exporter is not None:
+            self.exporter.wait()
         if self.options.headless and self.ended:
             sys.stdout.write(f"run folder: {self.ended[-1]}\n")
             sys.stdout.flush()

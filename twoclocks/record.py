@@ -80,6 +80,11 @@ def encode_record(record: Record) -> bytes:
     return _encoder.encode(record) + b"\n"
 
 
+def decode_records(lines: bytes) -> list[Record]:
+    """The records in whole lines of a requests.jsonl. Raises msgspec.MsgspecError."""
+    return _decoder.decode_lines(lines)
+
+
 def read_records(path: Path) -> Iterator[Record]:
     """The records of a requests.jsonl, in file order.
 

@@ -1,4 +1,5 @@
-"""The load generator watches itself: is its event loop late, is its CPU full? One line a second in self_samples.jsonl.
+"""The load generator watches itself: is its event loop late, is its CPU full, what is it at? A line a second in
+self_samples.jsonl.
 
 A loop that is late sends late and, without the kernel's stamps, reads late; the verdict is built on these lines.
 """
@@ -27,15 +28,29 @@ class SelfSample(msgspec.Struct, frozen=True):
     wall_s: float
     rss_mb: float  # the largest so far
     open_file_limit: int
+    users: int  # Locust's, of this process; in an open loop one of them sends all that is due
+    in_flight: int  # requests under way
+    not_sent: int  # so far: were due while load.max_in_flight others were under way
 
 
-def watch(zero_ns: int, worker: int, pid: int, reader: str, write: Callable[[bytes], None]) -> None:
-    """Write a line a second, for ever. Runs in a greenlet of its own."""
+def watch(
+    zero_ns: int,
+    worker: int,
+    pid: int,
+    reader: str,
+    write: Callable[[bytes], None],
+    load: Callable[[], tuple[int, int, int]],
+) -> None:
+    """Write a line a second, for ever. Runs in a greenlet of its own.
+
+    ``load`` tells users, requests in flight, and requests not sent so far.
+    """
     encoder = msgspec.json.Encoder()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     cpu, loop_cpu, began = time.process_time(), time.thread_time(), time.monotonic()
     for lags in _ticks():
         now_cpu, now_loop_cpu, now = time.process_time(), time.thread_time(), time.monotonic()
+        users, in_flight, not_sent = load()
         sample = SelfSample(
             at=(time.monotonic_ns() - zero_ns) / 1e9,
             worker=worker,
@@ -47,6 +62,9 @@ def watch(zero_ns: int, worker: int, pid: int, reader: str, write: Callable[[byt
             wall_s=now - began,
             rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             open_file_limit=limit,
+            users=users,
+            in_flight=in_flight,
+            not_sent=not_sent,
         )
         cpu, loop_cpu, began = now_cpu, now_loop_cpu, now
         write(encoder.encode(sample) + b"\n")

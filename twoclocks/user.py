@@ -134,6 +134,11 @@ class Sender(msgspec.Struct):
             self.on_exhausted()
 
 
+def load_now(runner: Any, sender: Sender) -> tuple[int, int, int]:
+    """What this process is at: users, requests in flight, requests not sent so far."""
+    return runner.user_count, sender.in_flight, sender.not_sent
+
+
 class StreamingUser(User):
     """Sends the next prompt when the last answer has ended; in an open loop it sees to all requests of its process."""
 

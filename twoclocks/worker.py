@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+from functools import partial
 from typing import Any
 
 import gevent
@@ -15,7 +16,7 @@ from twoclocks.reader import reader_name
 from twoclocks.run_folder import this_clock
 from twoclocks.selfwatch import watch
 from twoclocks.shapes import dealt, in_window
-from twoclocks.user import Sender, StreamingUser
+from twoclocks.user import Sender, StreamingUser, load_now
 from twoclocks.workload import load_workload, plans
 
 FLUSH_S = 0.5  # a killed worker loses at most this much of its finished requests
@@ -51,7 +52,6 @@ class WorkerSide:
         self.run, self.lines, self.self_lines, self.count = data["run"], [], [], 0
         endpoint = make_endpoint(experiment.target, experiment.timeouts)
         reader = reader_name(endpoint)
-        self.watch = gevent.spawn(watch, data["zero_ns"], data["share"], os.getpid(), reader, self.self_lines.append)
         share, shares = data["share"], data["shares"]
         StreamingUser.sender = Sender(
             experiment=experiment,
@@ -66,6 +66,8 @@ class WorkerSide:
             window_ns=data["window_ns"],
             **dealt(experiment.load, prompts, share, shares),
         )
+        load = partial(load_now, self.runner, StreamingUser.sender)
+        self.watch = gevent.spawn(watch, data["zero_ns"], share, os.getpid(), reader, self.self_lines.append, load)
 
     def on_stop(self, msg: Any, **_: Any) -> None:
         """The master ends the run and waits for our last lines."""

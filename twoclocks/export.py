@@ -1,0 +1,101 @@
+"""The exporter, seen from the run: its port, what it has to do, and the handle on its process.
+
+The process itself is twoclocks.exporter. It is one of its own and reads the run folder as the run writes it, so that
+the figures of a thousand streams cost the load generator nothing, and workers make no difference.
+"""
+
+import ipaddress
+import os
+import socket
+import subprocess
+import sys
+
+import msgspec
+
+from twoclocks.errors import ExperimentError
+from twoclocks.experiment import Export
+
+END_S = 10.0  # for what is left to read, and for a last OTLP message, beyond linger_s
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What the child has to do."""
+
+    run_folder: str
+    about: dict[str, str]  # what names the run, as labels
+    slo: dict[str, float | str]  # as the experiment has it
+    is_open: bool  # do requests leave when they are due?
+    socket: int | None  # file descriptor, listening; None: Prometheus cannot scrape this run
+    linger_s: float
+
+
+def open_port(export: Export) -> socket.socket | None:
+    """The port at which Prometheus will find the run; None if there is to be none. Raises ExperimentError."""
+    if export.prometheus_port == "none":
+        return None
+    family = socket.AF_INET6 if ":" in export.host else socket.AF_INET
+    try:
+        return socket.create_server((export.host, export.prometheus_port), family=family)
+    except OSError as error:
+        raise ExperimentError(
+            f"export.prometheus_port: {export.host}:{export.prometheus_port} cannot be listened at "
+            f"({os.strerror(error.errno).lower() if error.errno and error.errno > 0 else error.strerror}); "
+            f"is another run exporting there? set another port, such as --set export.prometheus_port="
+            f"{export.prometheus_port % 65535 + 1}"
+        ) from None
+
+
+def is_wide(host: str) -> bool:
+    """Can others than this machine reach what listens there?"""
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost"
+
+
+class Exporter:
+    """The parent's handle on the child process, which takes the listening socket over."""
+
+    def __init__(self, job: Job, listener: socket.socket | None) -> None:
+        # a session of its own, so that Ctrl-C in the terminal ends the load first and the last scrape still happens
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "twoclocks.exporter"],
+            stdin=subprocess.PIPE,
+            pass_fds=() if listener is None else (listener.fileno(),),
+            start_new_session=True,
+        )
+        self.job = job
+        if listener is not None:
+            listener.close()
+        self._say(msgspec.json.encode(job))
+
+    def finish(self) -> str | None:
+        """All that it counts is in the run folder: from now on it shows the end, for a last scrape.
+
+        What the user should know, if it has ended before.
+        """
+        ended = self.process.poll()
+        self._say(b"end")
+        return None if ended is None else f"the exporter ended early (exit code {ended}); its last figures are missing"
+
+    def wait(self) -> None:
+        """Until it has ended and its port is free: the last scrape is done, or linger_s is over."""
+        try:
+            self.process.wait(self.job.linger_s + END_S)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End it at once."""
+        self.process.kill()
+        self.process.communicate()  # also closes the pipe
+
+    def _say(self, line: bytes) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(line + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # which finish() tells

@@ -1,0 +1,174 @@
+"""The exporting process: reads a run folder as it grows, and shows the run so far to Prometheus, or sends it as OTLP.
+
+Its standard input carries a line each: a Job, and at the run's end `end`. From then on it waits for one more scrape,
+if there has been any, at most Job.linger_s. When its parent dies its input ends, and then it ends at once.
+"""
+
+import logging
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+import msgspec
+from prometheus_client import make_wsgi_app
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+from twoclocks.export import Job
+from twoclocks.families import families
+from twoclocks.metrics import slo_limits
+from twoclocks.totals import Meta, Totals
+
+TURN_S = 1.0
+PAGE_BYTES = 8 * 1024 * 1024
+"""Read of a file at once: half a million chunks."""
+CLIENT_S = 5.0
+"""How long a client may be silent before it is hung up."""
+MAX_CLIENTS = 16
+
+log = logging.getLogger("twoclocks")
+
+
+class Tail:
+    """The lines that were added to a file since the last time; none where there is no such file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = 0
+
+    def pages(self) -> Iterator[bytes]:
+        """Whole lines, some at a time."""
+        while page := self._page():
+            yield page
+
+    def _page(self) -> bytes:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                page = file.read(PAGE_BYTES)
+                if b"\n" not in page:  # a line that is longer still, or not whole yet
+                    page += file.readline()
+        except FileNotFoundError:
+            return b""
+        whole, newline, _ = page.rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        return whole + newline
+
+
+class Exporting(Collector):
+    """The run so far. Safe to be asked by many threads."""
+
+    def __init__(self, job: Job) -> None:
+        folder = Path(job.run_folder)
+        self.job = job
+        self.totals = Totals(slo_limits({"slo": job.slo}), is_open=job.is_open)
+        self.ended = False
+        self.scrapes = 0
+        self._meta = folder / "run.json"
+        self._requests, self._self = Tail(folder / "requests.jsonl"), Tail(folder / "self_samples.jsonl")
+        self._lock = threading.Lock()
+
+    def catch_up(self) -> None:
+        """Count what is new in the run folder."""
+        with self._lock:
+            if self.ended:
+                return
+            # read before run.json, which is therefore not older: it tells which of them count
+            requests, seconds = self._requests.pages(), self._self.pages()
+            for pages, add in ((requests, self.totals.add_requests), (seconds, self.totals.add_self)):
+                for page in pages:
+                    self.totals.meta = msgspec.json.decode(self._meta.read_bytes(), type=Meta)
+                    add(page)
+            self.totals.meta = msgspec.json.decode(self._meta.read_bytes(), type=Meta)
+
+    def finish(self) -> None:
+        """Count the rest, and show the end from now on."""
+        self.catch_up()
+        with self._lock:
+            self.ended = True
+
+    def collect(self) -> list[Metric]:
+        """What Prometheus is shown."""
+        self.catch_up()
+        with self._lock:
+            self.scrapes += 1
+            return list(families(self.totals, self.job.about, ended=self.ended))
+
+
+class Handler(WSGIRequestHandler):
+    """One request a connection; says nothing of it."""
+
+    timeout = CLIENT_S
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing."""
+
+
+class Server(ThreadingMixIn, WSGIServer):
+    """Serves one page at a socket that listens already, to a few clients at a time."""
+
+    daemon_threads = True
+
+    def __init__(self, listener: socket.socket, exporting: Exporting) -> None:
+        super().__init__(("", 0), Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket, self.server_address = listener, listener.getsockname()
+        self.server_name, self.server_port = "localhost", listener.getsockname()[1]
+        self.exporting = exporting
+        self.room = threading.BoundedSemaphore(MAX_CLIENTS)
+        self.was_scraped = self.told_the_end = False
+        self.setup_environ()
+        self.set_app(make_wsgi_app(exporting))
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Is there room for one more?"""
+        return self.room.acquire(blocking=False)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve a client to its end, and note what it was told."""
+        ended, before = self.exporting.ended, self.exporting.scrapes
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.room.release()
+        self.was_scraped |= self.exporting.scrapes > before
+        self.told_the_end |= ended and self.exporting.scrapes > before
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up or says nothing is no matter of the run's."""
+
+
+def main() -> None:
+    """Run as ``python -m twoclocks.exporter``."""
+    job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
+    exporting = Exporting(job)
+    server = None
+    if job.socket is not None:
+        server = Server(socket.socket(fileno=job.socket), exporting)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    while not (said := _said(TURN_S)):
+        exporting.catch_up()
+    if said == b"gone":
+        return
+    exporting.finish()
+    until = time.monotonic() + job.linger_s
+    while server is not None and server.was_scraped and not server.told_the_end and time.monotonic() < until:
+        if _said(0.05):
+            return
+
+
+def _said(timeout_s: float) -> bytes:
+    """The next line of the parent, empty if there was none in time, `gone` after its end."""
+    readable, _, _ = select.select([sys.stdin.buffer], [], [], timeout_s)
+    return (sys.stdin.buffer.readline().strip() or b"gone") if readable else b""
+
+
+if __name__ == "__main__":
+    main()
