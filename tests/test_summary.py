@@ -188,7 +188,7 @@ def test_an_empty_run_and_a_failed_run_still_have_a_summary(tmp_path):
         json.dumps(summary, allow_nan=False)
         assert "Stopped before its time" in text
         assert "\x1b" not in text
-        json.dumps(vllm_bench(run, summary), allow_nan=False)
+        json.dumps(vllm_bench(run), allow_nan=False)
     assert "[bold]markup[/bold]" in text
 
 
@@ -224,7 +224,7 @@ def test_numbers_as_shown(value, unit, shown):
 
 def test_vllm_layout(made):
     run, summary, _ = made
-    bench = vllm_bench(run, summary)
+    bench = vllm_bench(run)
 
     assert bench["completed"] == 50
     assert bench["failed"] == 3

@@ -90,6 +90,15 @@ def _calibrate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _rosetta(options: argparse.Namespace) -> int:
+    from twoclocks import rosetta_text, summary
+    from twoclocks.load import load_run
+
+    _progress(f"reading {options.run}")
+    _show(rosetta_text.render(summary.summarise(load_run(options.run))["rosetta"]))
+    return 0
+
+
 def _show(renderable: object) -> None:
     """In colour on a terminal; never narrower than the tables need, since a cut number would mislead."""
     from rich.console import Console
@@ -202,6 +211,17 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--allow-undecided", action="store_true", help="not enough data is no failure")
     compare.add_argument("--out", type=Path, help="its folder (default: compare-A-vs-B beside the first run)")
     compare.set_defaults(command=_compare)
+    rosetta = commands.add_parser(
+        "rosetta",
+        parents=[common],
+        help="what other load testers would have reported of a run",
+        description="Show TTFT, ITL, TPOT, E2E, throughput and goodput of one run by the definitions of vLLM bench "
+        "serve, SGLang, guidellm, aiperf, genai-bench, inference-perf, llmperf and Locust, and why each differs. The "
+        "report holds the same table with each definition; summary.json every figure.",
+        epilog="Example: twoclocks rosetta output/demo-vllm",
+    )
+    rosetta.add_argument("run", metavar="RUN", type=Path, help="the folder of a run")
+    rosetta.set_defaults(command=_rosetta)
     calibrate = commands.add_parser(
         "calibrate",
         parents=[common],

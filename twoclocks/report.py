@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from twoclocks import terminal
+from twoclocks import rosetta_text, terminal
 from twoclocks.errors import RunFolderError, plain
 from twoclocks.histogram_plot import server_histograms
 from twoclocks.load import Run, load_run
@@ -47,7 +47,7 @@ def build(folder: str | Path, progress: Callable[[str], None] = lambda _: None) 
     try:
         (run.path / "plots").mkdir(exist_ok=True)
         write_json(run.path / "summary.json", summary)
-        write_json(run.path / "vllm_bench.json", vllm_bench(run, summary))
+        write_json(run.path / "vllm_bench.json", vllm_bench(run))
         (run.path / "summary.txt").write_text(terminal.to_text(terminal.render(summary)), encoding="utf-8")
         progress("drawing the plots")
         violins([run], run.path / VIOLIN, heading(run))
@@ -116,6 +116,7 @@ def page(template: str, **values: Any) -> str:
         turn_row=terminal.turn_row,
         session_words=terminal.session_words,
         prefix_lines=terminal.prefix_lines,
+        rosetta=rosetta_text,
         style=(files / "style.css").read_text(encoding="utf-8"),
     )
     return environment.get_template(template).render(**values)

@@ -25,6 +25,7 @@ from twoclocks.memory_summary import memory_rows
 from twoclocks.metrics import Bools, Floats, definition, distribution, slo_limits
 from twoclocks.prefix_cache import prefix_cache
 from twoclocks.record import GAVE_UP, HUNG_UP, LEFT, TOO_LONG
+from twoclocks.rosetta import rosetta
 from twoclocks.scraped import SAME_TRAFFIC, server_window
 from twoclocks.turns import by_turn, sessions
 from twoclocks.verdict import verdict
@@ -57,6 +58,7 @@ def summarise(run: Run) -> dict[str, Any]:
     """Every figure of a run; the keys are those of summary.json."""
     calibration = calibration_of(run)
     cut, tpots = cut_up(run)
+    figures = _figures(run)
     summary = {
         "twoclocks_version": __version__,
         "run": run.name,
@@ -68,7 +70,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "notes": _notes(run),
         "target": run.meta.get("target") or {},
         "window": {"started_at": run.window[0], "ended_at": run.window[1], "unit": "s", "definition": "run's clock"},
-        "figures": _figures(run),
+        "figures": figures,
+        "rosetta": rosetta(run, figures, slo_limits(run.experiment)),
         "warmup": run.meta.get("warmup"),
         "levels": _levels(run),
         "prefix_cache": prefix_cache(run),

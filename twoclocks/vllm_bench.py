@@ -1,82 +1,113 @@
-"""vllm_bench.json: a run in the layout of vLLM's own benchmark result, for scripts that already read that.
-
-Totals follow vLLM's definitions (requests that ended ok, over first send -> last token); latencies follow ours, which
-the file says of itself.
-"""
+"""vllm_bench.json: a run in the layout and by the definitions of `vllm bench serve`, for scripts that read that."""
 
 import datetime
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from twoclocks.load import Run
-from twoclocks.metrics import Floats
+from twoclocks.metrics import Floats, slo_limits
 from twoclocks.record import LEFT
+from twoclocks.rosetta import Arrivals, VllmAnswers, arrivals, vllm, vllm_answers, whole
+from twoclocks.summary import clean
+
+NOTE = "by vLLM's definitions, from the arrivals of a twoclocks run; output tokens as the server counted them"
+PERCENTILES = (50, 95, 99)
 
 
-def vllm_bench(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
-    """The result as vLLM's benchmark would lay it out; None where this run has no such figure.
+def vllm_bench(run: Run) -> dict[str, Any]:
+    """The result as `vllm bench serve --save-detailed` would write it; None where this run has no such figure.
 
-    The lists have one entry a measured request.
+    The lists have one entry a measured request, and there, as in vLLM's own files, 0 stands for what a failed request
+    does not have. Seconds, and milliseconds where a name ends in _ms.
     """
-    measured, ok, target = run.measured, run.ok, run.meta.get("target") or {}
-    begin = float(measured["sent_at"].min()) if len(measured) else float("nan")
-    duration = float((ok["sent_at"] + ok["e2e"]).max()) - begin if len(ok) else float("nan")
-    prompt, output = ok["prompt_tokens"].sum(), ok["output_tokens"].sum()
+    measured, target = run.measured, run.meta.get("target") or {}
+    a, limits = arrivals(run), slo_limits(run.experiment)
+    one, figures = vllm_answers(a), vllm(a, limits)
+    ok, duration = a.ok & ~np.isnan(one.ttft), whole(a)
     started = run.meta.get("started_at_unix")
     date = datetime.datetime.fromtimestamp(started, datetime.UTC).strftime("%Y%m%d-%H%M%S") if started else None
-    load = run.experiment.get("load") or {}
-    good = summary["figures"].get("goodput_share", {}).get("value")  # there only if the experiment has an SLO
     left = int(measured["error_kind"].isin(LEFT).sum())
-    gaps, rows = run.gaps, measured.index.to_numpy()
-    edges = np.searchsorted(gaps.request, [rows, rows + 1])
+    edges = np.searchsorted(one.gaps.request, np.arange(len(ok) + 1))
+    prompt, output = a.prompt_tokens[ok].sum(), a.output_tokens[ok].sum()
     result: dict[str, Any] = {
         "date": date,
         "label": run.name,
         "endpoint_type": target.get("api"),
         "backend": target.get("server"),
         "model_id": target.get("model"),
-        "num_prompts": len(measured),
-        "request_rate": "inf",  # closed loop: vLLM's word for no rate limit beside max_concurrency
-        "max_concurrency": load.get("users"),
+        "tokenizer_id": None,
+        "num_prompts": len(ok),
+        **_traffic(run.experiment.get("load") or {}),
         "duration": duration,
-        "completed": len(ok),
-        "failed": len(measured) - len(ok) - left,
-        "total_input_tokens": int(prompt),
-        "total_output_tokens": int(output),
-        "request_throughput": len(ok) / duration if duration > 0 else None,
-        "request_goodput": None if good is None or not duration > 0 else good * len(run.judged) / duration,
-        "output_throughput": output / duration if duration > 0 else None,
+        "completed": int(ok.sum()),
+        "failed": int((~ok).sum()) - left,
+        "total_input_tokens": prompt,
+        "total_output_tokens": output,
+        "request_throughput": figures["request_throughput"]["value"],
+        "request_goodput": figures["goodput"]["value"] if limits else None,
+        "output_throughput": figures["output_throughput"]["value"],
         "total_token_throughput": (prompt + output) / duration if duration > 0 else None,
-        "input_lens": _list(measured["prompt_tokens"].to_numpy()),
-        "output_lens": _list(measured["output_tokens"].to_numpy()),
-        "ttfts": _list(measured["ttft"].to_numpy()),
-        "itls": [gaps.seconds[a:b].tolist() for a, b in zip(*edges, strict=True)],
-        "start_times": _list(measured["sent_at"].to_numpy()),
+        "input_lens": _counts(a.prompt_tokens),
+        "output_lens": _counts(np.where(ok, a.output_tokens, 0)),
+        "ttfts": np.nan_to_num(one.ttft).tolist(),
+        "itls": [one.gaps.seconds[begin:end].tolist() for begin, end in pairwise(edges)],
+        "latencies": np.where(ok, one.e2e, 0).tolist(),
+        "start_times": a.began_at.tolist(),
         "errors": [message or "" for message in measured["error_message"]],
+        **_peaks(a, one, ok),
     }
     if measured["output_text"].notna().any():
         result["generated_texts"] = [text or "" for text in measured["output_text"]]
-    latencies = {"ttft": ok["ttft"], "tpot": ok["tpot"], "e2el": ok["e2e"]}
-    for name, values in (*((k, v.to_numpy()) for k, v in latencies.items()), ("itl", gaps.seconds)):
+    latencies = {
+        "ttft": one.ttft[ok],
+        "tpot": one.tpot[ok & (a.output_tokens > 1)],
+        "itl": one.gaps.seconds[ok[one.gaps.request]],
+        "e2el": one.e2e[ok],
+    }
+    for name, values in latencies.items():
         result |= _statistics(name, values)
-    result["twoclocks"] = "latencies as defined in summary.json (TTFT: first chunk with a token; ITL: chunk gaps)"
+    result["twoclocks"] = NOTE
     if left:
         result["twoclocks"] += f"; {left} requests that their users left are neither completed nor failed"
-    return {
-        key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in result.items()
-    }
+    cleaned: dict[str, Any] = clean(result)
+    return cleaned
+
+
+def _traffic(load: dict[str, Any]) -> dict[str, Any]:
+    """The load in vLLM's words: "inf" is no limit of rate beside max_concurrency, or arrivals without any chance."""
+    if load.get("shape") not in ("rate", "trace", "batch"):
+        return {"request_rate": "inf", "burstiness": 1.0, "max_concurrency": load.get("users")}
+    rate = load.get("rate") if load["shape"] == "rate" else None
+    burstiness = {"constant": "inf", "poisson": 1.0}.get(str(load.get("arrivals")), load.get("burstiness"))
+    scalar = isinstance(rate, int | float)
+    return {"request_rate": rate if scalar else None, "burstiness": burstiness, "max_concurrency": None}
+
+
+def _peaks(a: Arrivals, one: VllmAnswers, ok: Floats) -> dict[str, float]:
+    """Largest number of events, and of requests under way, in any second since the first start: vLLM counts events
+    under the name of tokens.
+    """
+    if not ok.any():
+        return {"max_output_tokens_per_s": 0.0, "max_concurrent_requests": 0}
+    zero = a.began_at[ok].min()
+    begin, end = (a.began_at[ok] - zero).astype(np.int64), (a.began_at[ok] + one.e2e[ok] - zero).astype(np.int64)
+    events = a.chunks.at[a.has_choice & ok[a.chunks.request]] - zero
+    under_way = np.cumsum(np.bincount(begin, minlength=end.max() + 2) - np.bincount(end + 1, minlength=end.max() + 2))
+    busiest = np.bincount(events.astype(np.int64)).max()
+    return {"max_output_tokens_per_s": float(busiest), "max_concurrent_requests": int(under_way.max())}
 
 
 def _statistics(name: str, values: Floats) -> dict[str, float | None]:
-    known = values[~np.isnan(values)] * 1e3
+    ms = values[~np.isnan(values)] * 1e3
     of: dict[str, Callable[[Floats], Any]] = {"mean": np.mean, "median": np.median, "std": np.std}
-    found = {f"{word}_{name}_ms": float(reduce(known)) if len(known) else None for word, reduce in of.items()}
-    for p in (95, 99):
-        found[f"p{p}_{name}_ms"] = float(np.percentile(known, p)) if len(known) else None
+    found = {f"{word}_{name}_ms": float(reduce(ms)) if len(ms) else None for word, reduce in of.items()}
+    for p in PERCENTILES:
+        found[f"p{p}_{name}_ms"] = float(np.percentile(ms, p)) if len(ms) else None
     return found
 
 
-def _list(values: Floats) -> list[float | int | None]:
-    return [None if np.isnan(v) else int(v) if float(v).is_integer() else float(v) for v in values]
+def _counts(values: Floats) -> list[int]:
+    return np.nan_to_num(values).astype(np.int64).tolist()
