@@ -32,7 +32,19 @@ def test_compare_prints_its_place(tmp_path, capsys):
     assert f"comparison: {tmp_path / 'c' / 'report.html'}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["report", "nowhere"], ["compare", "nowhere"], ["compare", "nowhere", "either"]])
+def test_rosetta_names_every_tool(tmp_path, capsys):
+    make_run(tmp_path / "r", requests=10)
+
+    assert cli.main(["rosetta", str(tmp_path / "r")]) == 0
+
+    out = capsys.readouterr().out
+    assert all(f"\n{tool}" in out for tool in ("twoclocks", "vLLM bench serve", "guidellm", "aiperf", "Locust"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["report", "nowhere"], ["rosetta", "nowhere"], ["compare", "nowhere"], ["compare", "nowhere", "either"]],
+)
 def test_an_error_is_one_line_and_exit_code_2(arguments, capsys):
     assert cli.main(arguments) == 2
 
@@ -55,7 +67,7 @@ def test_bad_usage_is_exit_code_2(arguments, capsys):
     assert "usage: twoclocks" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["report", "compare"])
+@pytest.mark.parametrize("command", ["report", "rosetta", "compare"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])

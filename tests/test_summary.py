@@ -223,7 +223,7 @@ def test_numbers_as_shown(value, unit, shown):
 
 
 def test_vllm_layout(made):
-    run, summary, _ = made
+    run = made[0]
     bench = vllm_bench(run)
 
     assert bench["completed"] == 50

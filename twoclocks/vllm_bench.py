@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from twoclocks.load import Run
-from twoclocks.metrics import Floats, slo_limits
+from twoclocks.metrics import Bools, Floats, slo_limits
 from twoclocks.record import LEFT
 from twoclocks.rosetta import Arrivals, VllmAnswers, arrivals, vllm, vllm_answers, whole
 from twoclocks.summary import clean
@@ -86,7 +86,7 @@ def _traffic(load: dict[str, Any]) -> dict[str, Any]:
     return {"request_rate": rate if scalar else None, "burstiness": burstiness, "max_concurrency": None}
 
 
-def _peaks(a: Arrivals, one: VllmAnswers, ok: Floats) -> dict[str, float]:
+def _peaks(a: Arrivals, one: VllmAnswers, ok: Bools) -> dict[str, float]:
     """Largest number of events, and of requests under way, in any second since the first start: vLLM counts events
     under the name of tokens.
     """
@@ -110,4 +110,4 @@ def _statistics(name: str, values: Floats) -> dict[str, float | None]:
 
 
 def _counts(values: Floats) -> list[int]:
-    return np.nan_to_num(values).astype(np.int64).tolist()
+    return [int(value) for value in np.nan_to_num(values)]
