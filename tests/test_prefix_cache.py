@@ -13,7 +13,7 @@ from twoclocks.verdict import verdict
 MEANT = {"share": 0.36, "characters": 1000, "new_characters": 640, "requests": 50, "left_out": 0}
 
 
-def run_of(tmp_path, cached=None, samples=None, **meta):
+def run_of(tmp_path, cached=None, samples=None, body="{}", **meta):
     """Fifty requests of a prompt of their own and of 100 tokens each."""
     records = [
         record(f"{n:032x}", prompt_id=f"p{n}", sent_at=0.1 * n, prompt_tokens=100, cached_tokens=cached,
@@ -21,6 +21,7 @@ def run_of(tmp_path, cached=None, samples=None, **meta):
         for n in range(50)
     ]  # fmt: skip
     folder = write_folder(tmp_path / "run", records, **meta)
+    (folder / "experiment.yaml").write_text(f"target: {{extra_body: {body}}}\n")
     if samples:
         lines = [
             {"at": at, "until": at + 0.01, "url": "u", "error": None, "types": {}, "samples": [
@@ -62,6 +63,24 @@ def test_counters_say_it_where_requests_do_not(tmp_path):
     assert (told["counted"]["hits"], told["counted"]["queries"]) == (3200, 5000)
     assert prefix_reasons(run)[0]["figure"] == pytest.approx(0.64 - 0.36)
     assert "vllm:prefix_cache_queries_total" in told["counted"]["definition"]
+
+
+@pytest.mark.parametrize("meant", [None, {"share": 0.0}])
+def test_choices_of_a_request_find_the_prompt_of_the_first(tmp_path, meant):
+    """4 x 5,000 tokens are looked up, of which a cache that is shared by nobody else answers 3 x 5,000."""
+    for number, hits in enumerate((15_000.0, 15_000.0 + 0.5 * 5000)):
+        run = run_of(
+            tmp_path / str(number), None, {"vllm:prefix_cache_hits_total": hits}, "{n: 4}", prefix_intended=meant
+        )
+        found = cache_hits(run)
+
+        assert (found.share, found.unexplained) == (pytest.approx(hits / 20_000), pytest.approx(number * 0.125))
+        assert found.intended in (None, 0.75)
+
+
+def test_the_steps_of_a_beam_search_say_nothing(tmp_path):
+    samples = {"vllm:prefix_cache_hits_total": 90_000.0}
+    assert cache_hits(run_of(tmp_path, None, samples, "{n: 4, use_beam_search: true}", prefix_intended=MEANT)) is None
 
 
 def test_the_report_shows_each_share_with_what_it_is_a_share_of(tmp_path):

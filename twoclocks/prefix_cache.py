@@ -33,16 +33,20 @@ class CacheHits:
 
     share: float
     unexplained: float  # beyond what was intended; where that is not known, in prompts that had not been sent before
-    intended: float | None  # of the prompt characters
+    intended: float | None  # of the prompt characters, each counted once for every choice that was asked for
 
 
 def cache_hits(run: Run) -> CacheHits | None:
     """What the prefix cache answered, and how much of it the run itself does not explain; None if nobody says.
 
-    By what the server says of each request, else by its counters. A run that was killed knows no intended share: there
+    By what the server says of each request, else by its counters, which count a lookup for each of n choices: all but
+    the first find the prompt of the first. Every step of a beam search is a lookup, so that of those nothing is said. A run that was killed knows no intended share: there
     a prompt that was sent before (to warm up, too), or a later turn of a session, may be in the cache as a whole; in
     any other request a hit can only be a beginning that prompts share, or what others sent.
     """
+    body = (run.experiment.get("target") or {}).get("extra_body") or {}
+    if body.get("use_beam_search"):
+        return None
     rows = run.requests.sort_values("sent_at", kind="stable")
     repeated = rows.duplicated("prompt_id") | (rows["session"].notna() & rows.duplicated("session"))
     if (run.experiment.get("workload") or {}).get("salt") == "request" and not has_sessions(run):
@@ -59,8 +63,11 @@ def cache_hits(run: Run) -> CacheHits | None:
         total = float(run.scraped["prompt_tokens"].sum())
         if risen is None or not total:
             return None
+        choices = body["n"] if isinstance(body.get("n"), int) and body["n"] > 1 else 1
         explained = float(run.scraped["prompt_tokens"][repeated.reindex(run.scraped.index)].sum())
-        share, beyond = risen / total, max(0.0, risen - explained) / total
+        explained += (choices - 1) * (total - explained) / choices
+        share, beyond = risen / (total * choices), max(0.0, risen / choices - explained) / total
+        meant = None if meant is None else 1 - (1 - meant) / choices
     return CacheHits(share, beyond if meant is None else max(0.0, share - meant), meant)
 
 
