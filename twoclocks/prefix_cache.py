@@ -42,7 +42,7 @@ def cache_hits(run: Run) -> CacheHits | None:
     By what the server says of each request, else by its counters, which count a lookup for each of n choices: all but
     the first find the prompt of the first. Every step of a beam search is a lookup, so that of those nothing is said.
 
-    A run that was killed knows no intended share: there a prompt that was sent before (to warm up, too), or a later turn
+    A killed run knows no intended share: there a prompt that was sent before (the warm-up too), or a later turn
     of a session, may be in the cache as a whole; in any other request a hit can only be a beginning that prompts share,
     or what others sent.
     """
