@@ -103,6 +103,26 @@ def test_the_knee_over_rates_is_the_bracket():
     assert not curves.knee("rate", rows[:2], {})["reached"]
 
 
+@pytest.mark.parametrize(
+    ("kept_up", "bracket", "text"),
+    [
+        ([True, None, False], (10, 30), None),  # of the middle one nothing is known
+        ([None, None, False], (None, 30), "cannot be told from these levels, but below 30 requests/s"),
+        ([True, True, None], (20, None), "at least 20 requests/s; the levels above are too short to say more"),
+        ([True, True, True], (30, None), "not reached by these levels, the highest of which is 30 requests/s"),
+        ([None, None, None], (None, None), "cannot be told from these levels"),
+    ],
+)
+def test_levels_that_say_nothing_widen_the_bracket(kept_up, bracket, text):
+    point = curves.knee(
+        "rate", [{"value": 10 * n, "number": n, "kept_up": one} for n, one in enumerate(kept_up, 1)], {}
+    )
+
+    assert (point["low"], point["high"]) == bracket
+    assert point["reached"] == (text is None)
+    assert text is None or curves.not_bracketed(point, 30, "requests/s") == text
+
+
 @pytest.mark.parametrize("overload", [0.5, 0.9, 1.0, 1.1, 1.5])
 def test_requests_pile_up_above_capacity_only(overload):
     """A server of 4 slots of 40 ms under steady arrivals, worked out by hand: the n-th waits for the (n-4)-th."""

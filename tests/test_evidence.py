@@ -107,6 +107,16 @@ def test_how_uneven_arrivals_are(load, expected):
     assert dispersion(load) == expected
 
 
+@pytest.mark.parametrize(("took_s", "kept_up"), [(1.0, True), (6.0, None)])
+def test_a_window_shorter_than_two_requests_does_not_show_that_a_server_keeps_up(tmp_path, took_s, kept_up):
+    """Ten requests a second for 10 s that all take as long."""
+    records = [record(f"{n:032x}", intended_at=n / 10, sent_at=n / 10, ended_at=n / 10 + took_s) for n in range(100)]
+    folder = write_folder(tmp_path / "run", records)
+    (folder / "experiment.yaml").write_text("load: {shape: rate, rate: 10, arrivals: poisson}\n")
+
+    assert evidence(folder).kept_up is kept_up
+
+
 @pytest.mark.parametrize(("rate", "kept_up"), [(10, True), (13, False), ("[[0, 13], [10, 13]]", False)])
 def test_a_run_tells_what_was_asked_of_the_server(tmp_path, rate, kept_up):
     records = [

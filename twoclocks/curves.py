@@ -28,8 +28,9 @@ KNEE = {
     f"of each level (seed {SEED}); it tells how far chance among these requests reaches, not how far the levels are "
     "apart. Reached only if the interval ends below the highest level.",
     "rate": "Saturation point: between the highest rate at which the server kept up with all that came and the lowest "
-    "at which requests piled up (by more than chance explains at 1 %) or could not leave. The interval is this "
-    "bracket; more levels between its ends make it narrower.",
+    "at which requests piled up (by more than chance explains at 1 %) or could not leave. That it kept up is said of "
+    "no level whose window is shorter than twice the time that 95 % of its requests took. The interval is this "
+    "bracket; more levels between its ends make it narrower, and longer ones decide more of them.",
 }
 
 
@@ -143,18 +144,23 @@ def result_lines(summary: dict[str, Any]) -> list[str]:
     lines = [found["text"]] if found else []
     if summary["partial"]:
         lines.append(summary["partial"])
-    if point["value"] is None:
-        lines.append("Saturation point: cannot be told from these levels.")
-    elif not point["reached"]:
-        lines.append(
-            f"Saturation point: not reached by these levels, the highest of which is {summary['top']:g} {unit}."
-        )
+    if point["value"] is None or not point["reached"]:
+        lines.append(f"Saturation point: {not_bracketed(point, summary['top'], unit)}.")
     elif summary["over"] == "rate":
         lines.append(f"Saturation point: between {point['low']:g} and {point['high']:g} {unit}.")
     else:
         ends = f"95 % interval {point['low']:.3g} .. {point['high']:.3g}"
         lines.append(f"Saturation point: {point['value']:.3g} {unit} ({ends}).")
     return lines
+
+
+def not_bracketed(point: dict[str, Any], top: float, unit: str) -> str:
+    """What is known of a saturation point that lies between no two levels; ``top``: the highest level."""
+    if point["value"] is None:
+        return "cannot be told from these levels" + (f", but below {point['high']:g} {unit}" if point["high"] else "")
+    if point["value"] < top:
+        return f"at least {point['value']:g} {unit}; the levels above are too short to say more"
+    return f"not reached by these levels, the highest of which is {top:g} {unit}"
 
 
 def _row(level: Level) -> dict[str, Any]:

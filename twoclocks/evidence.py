@@ -28,6 +28,8 @@ def evidence_of(run: Run) -> Evidence:
         rate = load.get("rate", 1)
         due = float(rate) if isinstance(rate, int | float) else None
         kept_up = not run.meta.get("not_sent") and kept_up_with(began, ended, run.window, dispersion(load), due)
+        if kept_up and not filled(began, ended, run.window):
+            kept_up = None
     return Evidence(requests=len(good), good=int(good.sum()), kept_up=kept_up)
 
 
@@ -35,6 +37,14 @@ def dispersion(load: Mapping[str, Any]) -> float:
     """Squared coefficient of variation of the gaps between arrivals: 0 for constant ones, 1 for a Poisson process."""
     arrivals = load.get("arrivals", "poisson")
     return {"constant": 0.0, "gamma": 1 / float(load.get("burstiness", 1))}.get(arrivals, 1.0)
+
+
+def filled(began: Floats, ended: Floats, window: tuple[float, float]) -> bool:
+    """Had an empty server filled up by the middle of the window?
+
+    If not, requests that pile up look like requests that take long: then only a pile tells, not that there is none.
+    """
+    return not len(began) or float(np.quantile(ended - began, FILLED)) <= (window[1] - window[0]) / 2
 
 
 def kept_up_with(

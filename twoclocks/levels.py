@@ -32,7 +32,7 @@ class Evidence(msgspec.Struct, frozen=True):
 
     requests: int  # measured
     good: int  # of them, that met every limit of the SLO
-    kept_up: bool | None = None  # of an open loop; None: not asked
+    kept_up: bool | None = None  # of an open loop; None: not asked, or too short to say
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):

@@ -67,7 +67,8 @@ def _rate(arm: Arm) -> float | None:
 def _level(arm: Arm, figures: Figures) -> dict[str, Any]:
     """An arm as a level of a sweep: figures of all its repeats; it kept up if it did in every one."""
     row: dict[str, Any] = {"value": _rate(arm), "number": arm.cells[0].number, "error": None, "status": "finished"}
-    row["kept_up"] = all(evidence_of(run).kept_up for run in arm.runs)
+    kept_up = [evidence_of(run).kept_up for run in arm.runs]
+    row["kept_up"] = False if False in kept_up else None if None in kept_up else True
     names = {"achieved": "request_throughput", "tokens_per_s": "output_throughput", "goodput": "goodput"}
     names |= {f"{name}_{p}": f"{name}.{p}" for name in ("ttft", "tpot", "e2e") for p in ("p50", "p95", "p99")}
     return row | {key: figures[name].value if name in figures else None for key, name in names.items()}

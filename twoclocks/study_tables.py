@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from twoclocks.curves import not_bracketed
 from twoclocks.study_findings import NOT_TOLD, VERDICTS, published_scale
 from twoclocks.terminal import number, shown_unit
 
@@ -285,9 +286,8 @@ def lines_table(summary: dict[str, Any]) -> Table | None:
     for line in summary["lines"]:
         told = [row for row in line["levels"] if row.get("achieved") is not None]
         point, unit = line["knee"], line["unit"]
-        where = "not reached" if point["value"] is not None else "cannot be told"
-        if point["reached"]:
-            where = f"{point['low']:.3g} .. {point['high']:.3g} {unit}"
+        where = f"{point['low']:.3g} .. {point['high']:.3g} {unit}" if point["reached"] else None
+        where = where or not_bracketed(point, max((row["value"] for row in told), default=0.0), unit)
         most = max((row["tokens_per_s"] for row in told if row["tokens_per_s"] is not None), default=None)
         achieved = max((row["achieved"] for row in told), default=None)
         which = repeat(line) if line["repeat"] else ""
