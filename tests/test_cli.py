@@ -67,7 +67,7 @@ def test_bad_usage_is_exit_code_2(arguments, capsys):
     assert "usage: twoclocks" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["report", "rosetta", "compare"])
+@pytest.mark.parametrize("command", ["report", "rosetta", "compare", "export"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])

@@ -99,6 +99,14 @@ def _rosetta(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    from twoclocks import tables
+
+    _progress(f"reading {options.run}")
+    print(f"{options.format}: {tables.export(options.run, options.format, options.table, options.out)}")
+    return 0
+
+
 def _show(renderable: object) -> None:
     """In colour on a terminal; never narrower than the tables need, since a cut number would mislead."""
     from rich.console import Console
@@ -195,7 +203,14 @@ def _parser() -> argparse.ArgumentParser:
         "ms' --gate 'output_throughput >= -3%' --gate 'error_rate <= 0.1%' --junit gates.xml. Exit code: 0; 1: a gate "
         "failed or has not enough data; 2: a gate that cannot be read; 4: a gate was asked of an INVALID run.",
     )
-    compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs or studies, two or more")
+    compare.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        type=Path,
+        help="folders of runs or studies, two or more; or one, and result files of other tools (vllm bench serve, "
+        "guidellm, aiperf, genai-bench, Locust's CSV)",
+    )
     compare.add_argument(
         "--vs",
         metavar="RUN",
@@ -222,6 +237,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     rosetta.add_argument("run", metavar="RUN", type=Path, help="the folder of a run")
     rosetta.set_defaults(command=_rosetta)
+    export = commands.add_parser(
+        "export",
+        parents=[common],
+        help="a run as one file for other programs: CSV, Parquet, markdown, vLLM's layout",
+        description="Write a run as one file. csv and parquet: a row a request, or with --table chunks a row a chunk; "
+        "seconds on the run's clock. markdown: latencies, rates and the Rosetta table. vllm-bench: as vllm bench serve "
+        "--save-detailed writes it, by its definitions. Texts of the server carry no control characters, and those "
+        "that a spreadsheet would take for a formula begin with '.",
+        epilog="Example: twoclocks export output/demo-vllm --format csv",
+    )
+    export.add_argument("run", metavar="RUN", type=Path, help="the folder of a run")
+    export.add_argument("--format", choices=("csv", "parquet", "markdown", "vllm-bench"), required=True)
+    export.add_argument("--table", choices=("requests", "chunks"), default="requests", help="of csv and parquet")
+    export.add_argument("--out", metavar="FILE", type=Path, help="where to write it (default: in the run's folder)")
+    export.set_defaults(command=_export)
     calibrate = commands.add_parser(
         "calibrate",
         parents=[common],

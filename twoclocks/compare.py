@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from twoclocks import __version__, gate, intervals, junit, metrics, samples
+from twoclocks import __version__, foreign, gate, intervals, junit, metrics, rosetta, rosetta_text, samples
 from twoclocks.clocks import CLOCKS
-from twoclocks.compare_text import DIFFERENCES, interval, percent
+from twoclocks.compare_text import DIFFERENCES, OTHERS, interval, percent
 from twoclocks.errors import RunFolderError, TwoclocksError
 from twoclocks.load import Run, load_run
-from twoclocks.metrics import definition, distribution
+from twoclocks.metrics import definition, distribution, slo_limits
 from twoclocks.plots import violins
 from twoclocks.report import VIOLIN, Report, page, picture, write_json
 from twoclocks.samples import Sample
 from twoclocks.study import STUDY_FILE, finished, read_study
-from twoclocks.summary import summarise
+from twoclocks.summary import clean, summarise
 from twoclocks.verdict import verdict
 
 ROWS: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -70,23 +70,31 @@ def compare(
     """The comparison of two or more runs, written to ``out`` or to compare-A-vs-B beside the first.
 
     With ``versus``, ``folders`` are the repeats of one side and these are those of the other. A study's folder stands
-    for its runs: one side a target and variant. ``gates``: see gate.parse; each is asked of every side but the first.
+    for its runs: one side a target and variant. A file is the result of another load tester (foreign.read), and is held
+    against each run by that tool's definitions. ``gates``: see gate.parse; each is asked of every side but the first.
     Raises TwoclocksError for fewer than two sides or a gate that cannot be read, RunFolderError for what is no run.
     """
     asked = [gate.parse(text) for text in dict.fromkeys(gates)]
-    named = [*_sides(folders, bool(versus)), *_sides(versus, bool(versus))]
-    if len(named) < 2:
-        raise TwoclocksError("a comparison needs two run folders or more, such as: twoclocks compare output/A output/B")
+    results = [one for path in map(Path, folders) if path.is_file() for one in foreign.read(path)]
+    named = _sides([path for path in folders if not Path(path).is_file()], bool(versus))
+    named += _sides(versus, bool(versus))
+    if len(named) < (2 if asked or not results else 1):
+        raise TwoclocksError(
+            "a comparison needs two run folders or more, such as: twoclocks compare output/A output/B; or one, and a "
+            "result file of another tool, of which no gate can be asked"
+        )
     sides = []
     for name, paths in named:
         progress(f"reading {', '.join(map(str, paths))}")
         sides.append(Side(name, [load_run(path) for path in paths]))
     sides = short_names(sides)
-    out = out or sides[0].runs[0].path.resolve().parent / ("compare-" + "-vs-".join(side.folder for side in sides))
+    parts = [*(side.folder for side in sides), *(one.tool.split()[0] for one in results)]
+    out = out or sides[0].runs[0].path.resolve().parent / ("compare-" + "-vs-".join(dict.fromkeys(parts)))
     progress("computing the differences")
     judged, summary = _judged(asked, sides), _differences(sides)
     summary["gates"] = [gate.as_row(one) for one in judged]
-    title = " vs ".join(side.name for side in sides)
+    summary["others"] = [_beside(one, sides) for one in results]
+    title = " vs ".join([*(side.name for side in sides), *(one.name for one in results)])
     try:
         if junit_file is not None:
             now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S")
@@ -99,6 +107,7 @@ def compare(
         html = out / "report.html"
         values = {"summary": summary, "title": title, "violin": picture(out / VIOLIN), "totals": TOTALS}
         shown = {"percent": percent, "interval": interval, "names": DIFFERENCES, "unknown_error": gate.UNKNOWN_ERROR}
+        shown |= {"others_remark": OTHERS, "headings": rosetta_text.HEADINGS}
         html.write_text(page("compare.html", **values, **shown), encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"{error.filename or out}: cannot be written: {error.strerror}") from None
@@ -116,6 +125,15 @@ class Side:
     def folder(self) -> str:
         """A name for a folder."""
         return self.runs[0].name + ("" if len(self.runs) == 1 else f"-and-{len(self.runs) - 1}-more")
+
+
+def _beside(result: foreign.Result, sides: Sequence[Side]) -> dict[str, Any]:
+    """Another tool's result, and every run by that tool's definitions."""
+    tool = rosetta.TOOLS[result.tool]
+    runs = [run for side in sides for run in side.runs if not run.in_process]
+    ours = [(run.shown_name, tool(rosetta.arrivals(run), slo_limits(run.experiment))) for run in runs]
+    found: dict[str, Any] = clean(foreign.beside(result, ours))
+    return found
 
 
 def _sides(folders: Sequence[str | Path], together: bool) -> list[tuple[str, list[Path]]]:
@@ -176,6 +194,7 @@ def _differences(sides: Sequence[Side]) -> dict[str, Any]:
         "sides": [{"name": side.name, "runs": [run.name for run in side.runs]} for side in sides],
         "runs": [summarise(run) for run in runs],
         "gates": [],
+        "others": [],
         "gate_definition": gate.DEFINITION,
         "interval_definition": INTERVAL,
         "many_intervals": MANY_INTERVALS,

@@ -10,15 +10,22 @@ from rich.text import Text
 from twoclocks import terminal
 from twoclocks.errors import plain
 from twoclocks.gate import UNKNOWN_ERROR
+from twoclocks.rosetta_text import HEADINGS
 
 DIFFERENCES = ("mean", "p50", "p95", "p99")
 """The figures that are compared."""
+OTHERS = (
+    "Each of our runs by that tool's own definitions (twoclocks rosetta). –: the file does not hold it. No interval: "
+    "the file holds no arrivals. No goodput: it does not name the limits that it is of."
+)
 COLOURS = {"pass": "green", "fail": "red", "not enough data": "yellow", "invalid run": "red"}
 
 
 def text(summary: dict[str, Any]) -> str:
     """The comparison as the terminal shows it."""
-    parts: list[RenderableType] = [_figures_table(summary), Text(), _differences_table(summary)]
+    parts: list[RenderableType] = [_figures_table(summary), Text()]
+    if len(summary["sides"]) > 1:
+        parts.append(_differences_table(summary))
     parts += [
         Text(f"{run['label']}: {run['verdict']['level']}; {reason['reason']}; {reason['remedy']}.")
         for run in summary["runs"]
@@ -35,6 +42,10 @@ def text(summary: dict[str, Any]) -> str:
     if summary["load_differs"]:
         keys = ", ".join(summary["load_differs"])
         parts.append(Text(f"The runs did not do the same work: {keys} differ.", style="bold"))
+    for other in summary["others"]:
+        parts += [Text(), _other_table(other)]
+    if summary["others"]:
+        parts.append(Text(OTHERS, style="dim"))
     if summary["gates"]:
         parts += [Text(), *_gates(summary)]
     return terminal.to_text(Group(*parts))
@@ -88,6 +99,24 @@ def _differences_table(summary: dict[str, Any]) -> Table:
             words = ", ".join(filter(None, [one["verdict"], "paired" if one["paired"] else ""]))
             numbers = (terminal.signed(one["difference"]), ends[0], percent(one["ratio"]), ends[1])
             table.add_row("" if number else row["label"], *who, one["statistic"], *numbers, words)
+    return table
+
+
+def _other_table(other: dict[str, Any]) -> Table:
+    """The result of another tool, and our runs by its definitions."""
+    table = _table(f"By the definitions of {other['tool']}")
+    table.add_column("")
+    table.add_column("")
+    for name in (other["name"], *other["runs"]):
+        table.add_column(Text(plain(name)), justify="right", overflow="fold")
+    before = None
+    for row in other["rows"]:
+        label = HEADINGS[row["metric"]] if row["metric"] != before else ""
+        statistic = "" if row["statistic"] == "value" else row["statistic"]
+        table.add_row(
+            label, statistic, *(terminal.number(value, row["unit"]) for value in (row["theirs"], *row["ours"]))
+        )
+        before = row["metric"]
     return table
 
 
