@@ -16,7 +16,7 @@ DIFFERENCES = ("mean", "p50", "p95", "p99")
 """The figures that are compared."""
 OTHERS = (
     "Each of our runs by that tool's own definitions (twoclocks rosetta). –: the file does not hold it. No interval: "
-    "the file holds no arrivals. No goodput: it does not name the limits that it is of."
+    "of a file only the summary is read. No goodput: it does not name the limits that it is of."
 )
 COLOURS = {"pass": "green", "fail": "red", "not enough data": "yellow", "invalid run": "red"}
 

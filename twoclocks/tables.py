@@ -60,7 +60,7 @@ def markdown(run: Run) -> str:
     lines += ["", "| | |", "| --- | ---: |"]
     for name in (name for name in rates if name in figures):
         one = figures[name]
-        shown = f"{terminal.number(one['value'], one['unit'])} {'' if one['unit'] == 'share' else one['unit']}"
+        shown = f"{terminal.number(one['value'], one['unit'])} {one['unit'] if '/s' in one['unit'] else ''}"
         lines.append(f"| {name.replace('_', ' ')} | {shown.strip()} |")
     return "\n".join([*lines, "", rosetta_text.markdown(summary["rosetta"])])
 
