@@ -558,6 +558,8 @@ def _check_in_process(experiment: Experiment, start: Start | None, where: str) -
         raise ExperimentError(f"{at}: sends batches; set load.shape: batch, found {load.shape}")
     if workload.sessions != "none" or workload.cancel_share or workload.patience_s != "none":
         raise ExperimentError(f"{at}: nobody waits between turns or hangs up; leave sessions, cancel and patience out")
+    if experiment.export.prometheus_port != "none":
+        raise ExperimentError(f"{at}: is not shown to Prometheus; leave export.prometheus_port out")
 
 
 def _check_workload(experiment: Experiment, where: str) -> None:

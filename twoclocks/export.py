@@ -4,18 +4,26 @@ The process itself is twoclocks.exporter. It is one of its own and reads the run
 the figures of a thousand streams cost the load generator nothing, and workers make no difference.
 """
 
+import contextlib
 import ipaddress
+import logging
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 
 import msgspec
 
-from twoclocks.errors import ExperimentError
-from twoclocks.experiment import Export
+from twoclocks import otlp_metrics
+from twoclocks.errors import ExperimentError, plain
+from twoclocks.experiment import Experiment, Export
+from twoclocks.run_folder import RunFolder
+from twoclocks.shapes import is_open
 
-END_S = 10.0  # for what is left to read, and for a last OTLP message, beyond linger_s
+log = logging.getLogger("twoclocks")
+LABEL = 200  # characters of a text of others in a label
+END_S = 25.0  # for what is left to read, and for a last OTLP message, beyond linger_s
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +35,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     is_open: bool  # do requests leave when they are due?
     socket: int | None  # file descriptor, listening; None: Prometheus cannot scrape this run
     linger_s: float
+    otlp: bool = False  # send the same as OTLP
+    began_unix: float = 0.0  # when the run began
 
 
 def open_port(export: Export) -> socket.socket | None:
@@ -81,10 +91,9 @@ class Exporter:
     def wait(self) -> None:
         """Until it has ended and its port is free: the last scrape is done, or linger_s is over."""
         try:
-            self.process.wait(self.job.linger_s + END_S)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(self.job.linger_s + END_S)
+        finally:  # also on Ctrl-C
             self.close()
 
     def close(self) -> None:
@@ -94,8 +103,38 @@ class Exporter:
 
     def _say(self, line: bytes) -> None:
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # which finish() tells
             self.process.stdin.write(line + b"\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # which finish() tells
+
+
+def start_exporter(
+    experiment: Experiment, folder: RunFolder, note: Callable[[str], None], *, otel: bool
+) -> Exporter | None:
+    """Shows a run while it goes on, to Prometheus and as OTLP; None where neither is wanted. Raises ExperimentError."""
+    otlp = otel and otlp_metrics.is_wanted()
+    if otlp and (package := otlp_metrics.missing_package()) is not None:
+        note(f"--otel: no metrics are sent, as {package} is not installed; pip install 'twoclocks[otel]'")
+        otlp = False
+    listener = open_port(experiment.export)
+    if listener is not None:
+        host, port = listener.getsockname()[:2]
+        log.info("Prometheus finds this run at http://%s:%s/metrics", f"[{host}]" if ":" in host else host, port)
+        if is_wide(experiment.export.host):
+            log.warning("export.host: whoever reaches %s:%s can read this run's figures and names", host, port)
+    if listener is None and not otlp:
+        return None
+    told = folder.meta["target"]
+    names = {"target": "name", "server": "server", "model": "model", "server_version": "server_version"}
+    about = {label: plain(told[name] or "")[:LABEL] for label, name in names.items()}
+    job = Job(
+        run_folder=str(folder.path),
+        about={"run": folder.path.name, "experiment": plain(experiment.name)[:LABEL]} | about,
+        slo=msgspec.to_builtins(experiment.slo),
+        is_open=is_open(experiment.load),
+        socket=None if listener is None else listener.fileno(),
+        linger_s=experiment.export.linger_s,
+        otlp=otlp,
+        began_unix=folder.meta["started_at_unix"],
+    )
+    return Exporter(job, listener)

@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from twoclocks.export import Job
 from twoclocks.families import families
 from twoclocks.metrics import slo_limits
+from twoclocks.otlp_metrics import EXPORT_MS, Pusher, interval_s
 from twoclocks.totals import Meta, Totals
 
 TURN_S = 1.0
@@ -32,8 +33,6 @@ PAGE_BYTES = 8 * 1024 * 1024
 CLIENT_S = 5.0
 """How long a client may be silent before it is hung up."""
 MAX_CLIENTS = 16
-
-log = logging.getLogger("twoclocks")
 
 
 class Tail:
@@ -96,9 +95,13 @@ class Exporting(Collector):
 
     def collect(self) -> list[Metric]:
         """What Prometheus is shown."""
+        self.scrapes += 1
+        return self.now()
+
+    def now(self) -> list[Metric]:
+        """All that is counted by now."""
         self.catch_up()
         with self._lock:
-            self.scrapes += 1
             return list(families(self.totals, self.job.about, ended=self.ended))
 
 
@@ -145,6 +148,37 @@ class Server(ThreadingMixIn, WSGIServer):
         """A client that hangs up or says nothing is no matter of the run's."""
 
 
+class Pushing:
+    """Sends the run so far as OTLP, again and again, in a thread of its own: who takes it may be slow, or not there."""
+
+    def __init__(self, exporting: Exporting) -> None:
+        self.exporting = exporting
+        self.pusher = Pusher(round(exporting.job.began_unix * 1e9))
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # it would tell of each message that is not taken
+        self._thread.start()
+
+    def end(self) -> None:
+        """A last time."""
+        self._over.set()
+        self._thread.join(EXPORT_MS / 1e3 * 2)
+
+    def _run(self) -> None:
+        told = False
+        while True:
+            is_last = self._over.wait(interval_s())
+            if not self.pusher.push(self.exporting.now(), time.time_ns()) and not told:
+                sys.stderr.write(
+                    "twoclocks: OTLP metrics are not taken; OTEL_EXPORTER_OTLP_ENDPOINT and "
+                    "OTEL_EXPORTER_OTLP_PROTOCOL say where they are sent and how\n"
+                )
+                told = True
+            if is_last:
+                self.pusher.close()
+                return
+
+
 def main() -> None:
     """Run as ``python -m twoclocks.exporter``."""
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
@@ -153,11 +187,14 @@ def main() -> None:
     if job.socket is not None:
         server = Server(socket.socket(fileno=job.socket), exporting)
         threading.Thread(target=server.serve_forever, daemon=True).start()
+    pushing = Pushing(exporting) if job.otlp else None
     while not (said := _said(TURN_S)):
         exporting.catch_up()
     if said == b"gone":
         return
     exporting.finish()
+    if pushing is not None:
+        pushing.end()
     until = time.monotonic() + job.linger_s
     while server is not None and server.was_scraped and not server.told_the_end and time.monotonic() < until:
         if _said(0.05):

@@ -28,8 +28,7 @@ from twoclocks.collect import Collectors, Job
 from twoclocks.endpoint import make_endpoint, request_headers, token_counter
 from twoclocks.errors import TwoclocksError, plain
 from twoclocks.experiment import Experiment, masked, masked_word
-from twoclocks.export import Exporter, is_wide, open_port
-from twoclocks.export import Job as ExportJob
+from twoclocks.export import Exporter, start_exporter
 from twoclocks.live import REFRESH_S, LiveView, Moment, is_shown
 from twoclocks.prefix_plan import Sent, intended
 from twoclocks.prompts import Prompt
@@ -45,7 +44,6 @@ from twoclocks.workload import load_workload, new_salt, plans
 
 PROGRESS_S = 15.0
 OPEN_LEAD_S = 0.25  # between the word to begin and the first request that is due
-LABEL = 200  # characters of a text of others in a label
 WORKER_GRACE_S = 15.0  # beyond the drain, for a worker's last lines to arrive
 
 log = logging.getLogger("twoclocks")
@@ -160,7 +158,7 @@ class MasterSide:
             workers=1,
         )
         log.info("run folder: %s", self.folder.path)
-        self._export()
+        self.exporter = start_exporter(experiment, self.folder, self.note, otel=self.options.otel)
         if not target.stream:
             self.note("target.stream is false: an answer comes whole, so that its TTFT is its E2E and it has no TPOT")
         self.collectors = Collectors(self._job())
@@ -219,31 +217,6 @@ class MasterSide:
         if self.environment.web_ui is not None:
             # Locust's timer began before the warm-up; the clock that counts is the one above
             self.environment.web_ui._cancel_run_time_timer()
-
-    def _export(self) -> None:
-        """Show the run to Prometheus, if that is wanted, while it goes on."""
-        experiment, folder, listener = self.experiment, self.folder, open_port(self.experiment.export)
-        assert folder is not None
-        if listener is None:
-            return
-        host, port = listener.getsockname()[:2]
-        log.info("Prometheus finds this run at http://%s:%s/metrics", f"[{host}]" if ":" in host else host, port)
-        if is_wide(experiment.export.host):
-            log.warning(
-                "export.host: whoever reaches %s:%s can read the figures of this run, and its model's name", host, port
-            )
-        told = folder.meta["target"]
-        names = {"target": "name", "server": "server", "model": "model", "server_version": "server_version"}
-        about = {label: plain(told[name] or "")[:LABEL] for label, name in names.items()}
-        job = ExportJob(
-            run_folder=str(folder.path),
-            about={"run": folder.path.name, "experiment": plain(experiment.name)[:LABEL]} | about,
-            slo=msgspec.to_builtins(experiment.slo),
-            is_open=is_open(experiment.load),
-            socket=listener.fileno(),
-            linger_s=experiment.export.linger_s,
-        )
-        self.exporter = Exporter(job, listener)
 
     def _job(self) -> Job:
         target, collect, folder = self.experiment.target, self.experiment.collect, self.folder
