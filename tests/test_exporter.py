@@ -1,6 +1,7 @@
 """The Prometheus exporter: its counts against numpy and the report's, and how it lives and ends with a run."""
 
 import contextlib
+import functools
 import json
 import socket
 import threading
@@ -24,6 +25,7 @@ from twoclocks.summary import summarise
 from twoclocks.totals import BOUNDS, MAX_KINDS, Meta, Totals, Window
 
 
+@functools.cache
 def samples(page: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """(name, labels) -> value."""
     read = text_string_to_metric_families(page)

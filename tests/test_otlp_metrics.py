@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from fake_server import FakeServer, plain_answer
-from locust_runs import only_run, run
+from locust_runs import free_port, only_run, run
 from make_run import record
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
@@ -76,7 +76,10 @@ def test_a_run_sends_its_totals_and_at_the_end_those_of_the_summary(tmp_path, mo
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
     with FakeServer(lambda body: plain_answer(3, gap_s=0.01)) as server, Collector() as collector:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
-        code, output = run(tmp_path, "-H", server.url, "-u", "2", "-r", "2", "-t", "2", "--no-report", "--otel")
+        # a Prometheus that never comes is not waited for, or this would take a quarter of an hour
+        settings = (f"export.prometheus_port={free_port()}", "export.linger_s=1000")
+        words = ("-u", "2", "-r", "2", "-t", "2", "--no-report", "--otel")
+        code, output = run(tmp_path, "-H", server.url, *words, *(w for one in settings for w in ("--set", one)))
     figures = summarise(load_run(only_run(tmp_path)))["figures"]
     (resource,) = collector.messages[-1].resource_metrics
     told = {metric.name: metric for metric in resource.scope_metrics[0].metrics}
