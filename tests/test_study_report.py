@@ -8,7 +8,7 @@ import pytest
 from make_run import make_run
 from make_study import cell, make_cell, make_study, skipped
 
-from twoclocks import load_run, study_arms, study_figures, study_report, study_tables, study_text
+from twoclocks import load_run, study_arms, study_figures, study_findings, study_report, study_tables, study_text
 from twoclocks.errors import RunFolderError
 from twoclocks.experiment import Claim, Where
 from twoclocks.run_levels import Level, Levels
@@ -269,6 +269,10 @@ def test_requests_of_a_batch_are_not_taken_for_so_many_chances(tmp_path):
     (made,), _ = study_arms.read_arms(tmp_path, read_study(tmp_path), lambda _line: None)
     found = study_figures.figures(made, study_arms.pooled(made))
 
+    side = found["e2e.mean"], study_arms.pooled(made)
+    assert study_findings.against("e2e.mean", side, side)[1] is None  # and not paired by prompt either
+    assert found["e2e.p50"].interval is not None
+    assert found["e2e.p95"].interval is None  # eight values say nothing of it
     for name in ("e2e.mean", "ttft.p50", "itl.mean", "stream_throughput.mean"):
         assert len(np.unique(np.concatenate(found[name].sample.units))) == 8
         assert sum(map(len, found[name].sample.values)) >= 128

@@ -162,12 +162,16 @@ def spread(
     of_repeat = repeats[rows]
     places = [np.flatnonzero(of_repeat == one) for one in np.unique(of_repeat)]
     groups, units = [values[place] for place in places], [drawn_with[rows[place]] for place in places]
+    # Requests of a batch end nearly alike, so that of percentiles each batch is one value, however many are in it.
+    together = len(np.unique(drawn_with)) if len(np.unique(drawn_with)) < len(drawn_with) else len(values)
     found = {}
     for statistic in ("mean", *(f"p{p}" for p in PERCENTILES)):
         reduce = intervals.STATISTICS[statistic]
+        enough = together >= intervals.least(statistic)
         found[f"{name}.{statistic}"] = Figure(
             float(reduce(values)), unit, f"{label} {statistic}", meaning, len(values),
-            [float(reduce(group)) for group in groups], Sample(statistic, groups, units), is_duration,
+            [float(reduce(group)) for group in groups], Sample(statistic, groups, units) if enough else None,
+            is_duration,
         )  # fmt: skip
     return found
 

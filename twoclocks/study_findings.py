@@ -50,12 +50,17 @@ def against(
 ) -> tuple[intervals.Interval | None, int | None]:
     """(other / first with its interval, prompts if it is paired); None where a side has too few values."""
     metric, _, statistic = name.partition(".")
-    if metric in LATENCIES:
+    if metric in LATENCIES and not (in_batches(first[1]) or in_batches(other[1])):
         sides = by_prompt(first[1].ok, metric), by_prompt(other[1].ok, metric)
         pairs = intervals.paired_ratio(*sides, statistic, level=level)
         if pairs is not None:
             return pairs, pairs.n
     return ratio(first[0], other[0], level), None
+
+
+def in_batches(pool: Pooled) -> bool:
+    """Whether chance befell several requests together: then each prompt's difference is not one by itself."""
+    return bool(pool.measured.duplicated(["repeat", "drawn_with"]).any())
 
 
 def _difference(name: str, first: tuple[Figure, Pooled], other: tuple[Figure, Pooled]) -> dict[str, Any]:
