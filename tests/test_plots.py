@@ -5,6 +5,7 @@ from matplotlib.image import imread
 
 import twoclocks
 from twoclocks import plots
+from twoclocks.timeline import open_spans
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_both_sides_are_drawn(runs, tmp_path):
 def test_panels_say_where_the_server_tells_nothing(runs):
     panels = {
         panel.title.split(" (")[0]: panel
-        for panel in plots._panels([runs["vllm"], runs["transformers"], runs["silent"]])
+        for panel in plots.violin_panels([runs["vllm"], runs["transformers"], runs["silent"]])
     }
 
     servers = [server for _, server in panels["Time to first token"].pairs]
@@ -57,7 +58,7 @@ def test_one_half_violin_is_one_clocks(tmp_path):
     path = tmp_path / "r" / "server_requests.jsonl"
     path.write_text("\n".join(path.read_text().splitlines()[:15]) + "\n")  # spans of 15 requests, the rest in-band
 
-    panel = plots._panels([twoclocks.load_run(tmp_path / "r")])[0]
+    panel = plots.violin_panels([twoclocks.load_run(tmp_path / "r")])[0]
     ((_, server),) = panel.pairs
     inside = np.array(planted.queue) + planted.prefill
 
@@ -107,19 +108,19 @@ def test_few_or_no_requests_are_drawn_too(tmp_path, count):
 def test_a_long_tail_is_cut_and_a_wide_spread_is_logarithmic():
     body = np.linspace(0.5, 2.0, 1000)
 
-    low, high, log = plots._limits([np.append(body, 50.0)])
+    low, high, log = plots.limits([np.append(body, 50.0)])
     assert not log
     assert 2.0 < high < 3.0
     assert low == pytest.approx(0.0)
 
-    low, high, _ = plots._limits([np.array([40.0, 41.0])])  # a narrow spread fills its panel
+    low, high, _ = plots.limits([np.array([40.0, 41.0])])  # a narrow spread fills its panel
     assert (low, high) == pytest.approx((39.92, 41.08))
 
-    assert plots._limits([np.geomspace(0.001, 10.0, 100)])[2]
+    assert plots.limits([np.geomspace(0.001, 10.0, 100)])[2]
 
 
 def test_open_spans():
-    times, count = plots._open_spans(np.array([1.0, 2.0]), np.array([3.0, 2.0]))
+    times, count = open_spans(np.array([1.0, 2.0]), np.array([3.0, 2.0]))
 
     assert times.tolist() == [1, 2, 2, 3]
     assert count.tolist() == [1, 0, 1, 0]
@@ -128,7 +129,7 @@ def test_open_spans():
 def test_a_density_is_drawn_from_quantiles_of_many_values():
     values = np.random.default_rng(1).normal(10, 1, 50_000)
 
-    grid, width = plots._density(values, log=False)
+    grid, width = plots.density(values, log=False)
 
     assert grid[np.argmax(width)] == pytest.approx(10, abs=0.2)
     one_sigma = np.interp(11.0, grid, width)

@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from twoclocks import __version__, foreign, gate, intervals, junit, metrics, rosetta, rosetta_text, samples
+from twoclocks import __version__, foreign, gate, headline, intervals, junit, metrics, rosetta, rosetta_text, samples
+from twoclocks.charts import charts
 from twoclocks.clocks import CLOCKS
 from twoclocks.compare_text import DIFFERENCES, OTHERS, interval, percent
 from twoclocks.errors import RunFolderError, TwoclocksError
 from twoclocks.load import Run, load_run
 from twoclocks.metrics import definition, distribution, slo_limits
 from twoclocks.plots import violins
-from twoclocks.report import VIOLIN, Report, page, picture, write_json
+from twoclocks.report import VIOLIN, Report, complete, page, picture, write_json
 from twoclocks.samples import Sample
 from twoclocks.study import STUDY_FILE, finished, read_study
-from twoclocks.summary import clean, summarise
+from twoclocks.summary import clean
 from twoclocks.verdict import verdict
 
 ROWS: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -105,13 +106,30 @@ def compare(
         progress("drawing the violins")
         violins([run for side in sides for run in side.runs], out / VIOLIN, title)
         html = out / "report.html"
-        values = {"summary": summary, "title": title, "violin": picture(out / VIOLIN), "totals": TOTALS}
-        shown = {"percent": percent, "interval": interval, "names": DIFFERENCES, "unknown_error": gate.UNKNOWN_ERROR}
-        shown |= {"others_remark": OTHERS, "headings": rosetta_text.HEADINGS}
-        html.write_text(page("compare.html", **values, **shown), encoding="utf-8")
+        html.write_text(_html(sides, summary, title, picture(out / VIOLIN)), encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"{error.filename or out}: cannot be written: {error.strerror}") from None
     return Report(summary, html, out / VIOLIN)
+
+
+def _html(sides: Sequence["Side"], summary: dict[str, Any], title: str, violin: str) -> str:
+    drawn = charts([run for side in sides for run in side.runs], summary["runs"])
+    return page(
+        "compare.html",
+        data=drawn,
+        charts=drawn,
+        summary=summary,
+        headlines=headline.columns(summary["runs"]),
+        title=title,
+        violin=violin,
+        totals=TOTALS,
+        percent=percent,
+        interval=interval,
+        names=DIFFERENCES,
+        unknown_error=gate.UNKNOWN_ERROR,
+        others_remark=OTHERS,
+        headings=rosetta_text.HEADINGS,
+    )
 
 
 @dataclass(frozen=True)
@@ -192,7 +210,7 @@ def _differences(sides: Sequence[Side]) -> dict[str, Any]:
     return {
         "twoclocks_version": __version__,
         "sides": [{"name": side.name, "runs": [run.name for run in side.runs]} for side in sides],
-        "runs": [summarise(run) for run in runs],
+        "runs": [complete(run) for run in runs],
         "gates": [],
         "others": [],
         "gate_definition": gate.DEFINITION,

@@ -210,8 +210,8 @@ def _draw(
     if len(values) < least(statistic, level):
         return None
     if units is not None:
-        codes = [np.asarray(unit)[keep] for unit, keep in zip(units, known, strict=True) if keep.any()]
-        if sum(len(np.unique(code)) for code in codes) < LEAST:
+        codes = [_numbered(np.asarray(unit)[keep]) for unit, keep in zip(units, known, strict=True) if keep.any()]
+        if sum(int(code.max()) + 1 for code in codes) < LEAST:
             return None
     else:
         codes = [np.arange(len(run)) for run in runs]
@@ -346,9 +346,18 @@ def _scores(values: Floats, statistic: str, found: float) -> Floats:
 
 def _sums(scores: Floats, codes: Ints) -> tuple[Floats, Floats]:
     """Of each unit, the sum of the scores of its values, and their number."""
-    _, unit = np.unique(codes, return_inverse=True)
+    unit = _numbered(codes)
     sums = np.bincount(unit, weights=scores).astype(np.float64)
     return sums, np.bincount(unit).astype(np.float64)
+
+
+def _numbered(codes: Ints) -> Ints:
+    """The units of values as numbers from 0 on; of millions that stand in order without a sort."""
+    steps = np.diff(codes)
+    if (steps >= 0).all():
+        return np.concatenate([[0], np.cumsum(steps > 0)])[: len(codes)]
+    numbered: Ints = np.unique(codes, return_inverse=True)[1]
+    return numbered
 
 
 def _variances(scores: Sequence[tuple[Floats, Floats]], statistic: str) -> tuple[float, float]:

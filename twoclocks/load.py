@@ -160,7 +160,7 @@ class Run:
         rows = self.requests
         return rows[(rows["phase"] != "warmup") & ~(rows["sent_at"] > end)]
 
-    @property
+    @cached_property
     def ok(self) -> pd.DataFrame:
         """The measured requests that ended ok: those whose latencies are summarised."""
         return self.measured[self.measured["status"] == "ok"]

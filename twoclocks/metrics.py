@@ -249,6 +249,27 @@ def mean_and_max(gaps: Gaps, requests: int) -> tuple[Floats, Floats]:
     return mean, largest
 
 
+def reading_wait(chunks: Chunks, words: Floats, words_per_s: float, requests: int) -> Floats:
+    """Reading wait = how long a reader at a steady pace, who begins at the first token chunk, waits for words in all:
+    largest of (arrival - first arrival - words that came before / pace) over the token chunks of an answer.
+
+    ``words``: of each chunk. One value a request, of several choices the largest; NaN without a token chunk. A reader
+    who never waits has 0, that of the first chunk.
+    """
+    seen, request = chunks.is_token, chunks.request[chunks.is_token]
+    rows, at, _, new_stream = _streams(chunks)
+    order = np.lexsort((chunks.choice[seen], request)) if chunks.choice[seen].any() else slice(None)
+    read = words[seen][order] / words_per_s
+    wait = np.full(requests, np.nan)
+    if len(rows):
+        starts = np.flatnonzero(new_stream)
+        stream = np.cumsum(new_stream) - 1
+        before = np.cumsum(read) - read
+        behind = (at - at[starts][stream]) - (before - before[starts][stream])
+        np.fmax.at(wait, rows[starts], np.maximum.reduceat(behind, starts))
+    return wait
+
+
 def _streams(chunks: Chunks) -> tuple[Rows, Floats, Floats, Bools]:
     """Token chunks ordered by request, choice, arrival; and where a new (request, choice) begins."""
     request, choice = chunks.request[chunks.is_token], chunks.choice[chunks.is_token]

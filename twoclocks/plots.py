@@ -25,12 +25,14 @@ from twoclocks import expositions, metrics
 from twoclocks.clocks import CLOCKS
 from twoclocks.errors import plain
 from twoclocks.expositions import Scrapes
-from twoclocks.load import LogSeries, Run
+from twoclocks.load import Run
 from twoclocks.metrics import Floats, definition
-from twoclocks.server_names import COUNTERS
 from twoclocks.terminal import number
+from twoclocks.timeline import Panel as TimePanel
+from twoclocks.timeline import timeline_of
 
 CLIENT, SERVER, INK, QUIET = "#0072B2", "#D55E00", "#222222", "#6b6b6b"
+_SIDES = {"client": CLIENT, "server": SERVER, "users": QUIET}
 TAIL = 99.5  # percentile at which an axis may be cut
 LOG_SPREAD = 100.0  # ratio from which an axis is logarithmic
 HALF = 0.28  # width of half a violin; runs stand 1 apart, which leaves room for the medians between them
@@ -84,36 +86,27 @@ def violins(runs: Sequence[Shown], path: Path, title: str) -> None:
     handles = [Patch(color=CLIENT, alpha=0.55), Patch(color=SERVER, alpha=0.55), Line2D([], [], color=INK, lw=2)]
     labels = ["client (left half): as it arrived", "server (right half): as it says", "median"]
     head.legend(handles, labels, loc="lower left", ncols=3, frameon=False, fontsize=11)
-    for axes, panel in zip(body.subplots(rows, columns).flat, _panels(runs), strict=True):
+    for axes, panel in zip(body.subplots(rows, columns).flat, violin_panels(runs), strict=True):
         _draw(axes, panel, [run.shown_name for run in runs], footnote_width=int(15.5 * width / columns))
     figure.savefig(path)
 
 
 def timeline(run: Run, path: Path) -> None:
-    """Users and requests over the run, tokens a second, and KV cache usage where the server tells it, as a PNG.
-
-    The server by its /metrics as lines; by its log as points, joined to a line where /metrics has nothing of the kind.
-    """
-    kv = [g for g in (expositions.gauge(s, "kv_cache_usage") for s in run.scrapes) if g]
-    rows = 3 if kv or _of_log(run, "kv_usage") else 2
-    figure = Figure(figsize=(12, 2.2 + 2.5 * rows), dpi=110, layout="constrained")
+    """Users and requests over the run, tokens a second, TTFT, and KV cache usage where a server tells it, as a PNG."""
+    shown = timeline_of(run)
+    figure = Figure(figsize=(12, 2.2 + 2.3 * len(shown)), dpi=110, layout="constrained")
     figure.suptitle(printable(f"{run.name}: the run over time"), fontsize=14, fontweight="bold", x=0.01, ha="left")
-    panels = figure.subplots(rows, 1, sharex=True)
-    _concurrency(panels[0], run)
-    _throughput(panels[1], run)
-    for number_of, (times, usage) in enumerate(kv):
-        panels[2].plot(times, usage * 100, color=SERVER, lw=1.8, label="server, /metrics" if number_of == 0 else None)
-    if rows == 3:
-        _log(panels[2], run, "kv_usage", "server, log", bool(kv), 100)
-        _finish(panels[2], "KV cache used (%)")
-    if np.isfinite(run.window).all():
-        for axes in panels:
+    panels = figure.subplots(len(shown), 1, sharex=True)
+    for axes, panel in zip(panels, shown, strict=True):
+        _over_time(axes, panel)
+        if np.isfinite(run.window).all():
             axes.axvspan(*run.window, color="#000000", alpha=0.04, lw=0, zorder=0)
     panels[-1].set_xlabel("seconds since the run's start; the measuring window is shaded")
     figure.savefig(path)
 
 
-def _panels(runs: Sequence[Shown]) -> list[Panel]:
+def violin_panels(runs: Sequence[Shown]) -> list[Panel]:
+    """TTFT, TPOT, E2E and ITL of each run by both clocks."""
     panels = []
     for metric, name, function in (
         ("ttft", "Time to first token (TTFT)", metrics.ttft),
@@ -166,7 +159,7 @@ def _draw(axes: Axes, panel: Panel, names: list[str], footnote_width: int) -> No
     everything = np.concatenate([side.values for pair in panel.pairs for side in pair])
     axes.set_title(panel.title, loc="left", fontsize=12, fontweight="bold")
     if len(everything):
-        low, high, log = _limits([side.values for pair in panel.pairs for side in pair])
+        low, high, log = limits([side.values for pair in panel.pairs for side in pair])
         if log:
             axes.set_yscale("log")
         axes.set_ylim(low, high)
@@ -208,7 +201,7 @@ def _half(axes: Axes, x: int, side: Side, colour: str, sign: int, limits: tuple[
         return
     shown = side.values[(side.values >= low) & (side.values <= high)]
     if len(shown) >= FEW and np.ptp(shown) > 0:
-        grid, width = _density(shown, log)
+        grid, width = density(shown, log)
         axes.fill_betweenx(grid, x, x + sign * HALF * width, color=colour, alpha=0.45, lw=0)
         outline = np.concatenate([[0.0], width, [0.0]])
         axes.plot(x + sign * HALF * outline, grid[[0, *range(len(grid)), -1]], color=colour, lw=1.2)
@@ -234,7 +227,7 @@ def _half(axes: Axes, x: int, side: Side, colour: str, sign: int, limits: tuple[
             )  # fmt: skip
 
 
-def _limits(groups: Sequence[Floats]) -> tuple[float, float, bool]:
+def limits(groups: Sequence[Floats]) -> tuple[float, float, bool]:
     """(low, high, logarithmic) of an axis that shows nearly all of every group: a long tail is cut at TAIL."""
     groups = [group for group in groups if len(group)]
     tail = max(float(np.percentile(group, TAIL)) for group in groups)
@@ -251,7 +244,7 @@ def _limits(groups: Sequence[Floats]) -> tuple[float, float, bool]:
     return low - margin, high + margin, False
 
 
-def _density(values: Floats, log: bool) -> tuple[Floats, Floats]:
+def density(values: Floats, log: bool) -> tuple[Floats, Floats]:
     """(grid, width in 0..1) of a kernel density (Scott's bandwidth), on the logarithm where the axis is logarithmic."""
     if len(values) > MANY:
         values = np.quantile(values, np.linspace(0, 1, MANY))
@@ -261,79 +254,24 @@ def _density(values: Floats, log: bool) -> tuple[Floats, Floats]:
     return (10**grid if log else grid), width / width.max()
 
 
-def _concurrency(axes: Axes, run: Run) -> None:
-    rows = run.requests[run.requests["sent_at"].notna()]
-    by_user = rows[rows["phase"] != "warmup"].groupby(["worker", "user"])
-    if len(rows):
-        times, users = _open_spans(by_user["intended_at"].min().to_numpy(), by_user["ended_at"].max().to_numpy())
-        axes.fill_between(times, users, step="post", color=QUIET, alpha=0.18, lw=0, label="users active")
-        edges = _bins(run)
-        times, flying = _open_spans(rows["sent_at"].to_numpy(), rows["ended_at"].to_numpy())
-        integral = np.interp(edges, times, np.concatenate([[0.0], np.cumsum(flying[:-1] * np.diff(times))]))
-        mean = np.diff(integral) / np.diff(edges)
-        axes.stairs(mean, edges, color=CLIENT, lw=1.8, label="requests in flight, client (mean)")
-    for name, look in (("running", "-"), ("waiting", ":")):
-        for number_of, scrapes in enumerate(run.scrapes):
-            if found := expositions.gauge(scrapes, name):
-                label = f"{name}, server, /metrics" if number_of == 0 else None
-                axes.plot(*found, color=SERVER, ls=look, lw=1.8, label=label)
-        lines = any(expositions.gauge(scrapes, name) for scrapes in run.scrapes)
-        _log(axes, run, f"requests_{name}", f"{name}, server, log", lines, look=look)
-    _finish(axes, "requests")
-
-
-def _throughput(axes: Axes, run: Run) -> None:
-    """Tokens a second: the client's by arrival, the server's as its counter rose between scrapes."""
-    arrived = metrics.arrived_tokens(run.arrivals, run.requests["output_tokens"].to_numpy())
-    if len(run.arrivals.at):
-        total, edges = np.histogram(run.arrivals.at, bins=_bins(run), weights=arrived)
-        axes.stairs(total / np.diff(edges), edges, color=CLIENT, lw=1.8, label="client, by arrival")
-    label: str | None = "server, /metrics (rise of a counter)"
-    counted = False
-    for scrapes in run.scrapes:
-        columns = [i for i, (name, _) in enumerate(scrapes.series) if name in COUNTERS["generation_tokens"]]
-        if columns and len(scrapes.at) > 1:
-            rate = np.diff(np.nansum(scrapes.values[:, columns], axis=1)) / np.diff(scrapes.at)
-            axes.stairs(rate, scrapes.at, color=SERVER, lw=1.4, label=label, baseline=None)
-            label, counted = None, True
-    _log(axes, run, "generation_throughput", "server, log (since its line before)", counted)
-    _finish(axes, "output tokens/s")
-
-
-def _of_log(run: Run, name: str) -> list[LogSeries]:
-    """The series of this name, of whatever server, an entry an engine."""
-    return [series for series in run.log_series if series.name.rpartition(":")[2] == name]
-
-
-def _log(axes: Axes, run: Run, name: str, label: str, beside: bool, factor: float = 1, look: str = "-") -> None:
-    """What the server's log says of it, engine by engine; points alone where /metrics is drawn ``beside``."""
-    fill = "none" if look == ":" else SERVER
-    for number_of, series in enumerate(_of_log(run, name)):
-        axes.plot(
-            series.at, series.values * factor, color=SERVER, ls="none" if beside else look, lw=1.2, marker="o", ms=4.5,
-            mfc=fill, label=label if number_of == 0 else None,
-        )  # fmt: skip
-
-
-def _bins(run: Run) -> Floats:
-    """Edges of whole seconds over the run, of more seconds each in a long run: some 300 at most."""
-    end = float(run.requests["ended_at"].max()) if len(run.requests) else 1.0
-    step = int(np.ceil(end / 300))
-    return np.arange(0.0, end + step, step)
-
-
-def _open_spans(begin: Floats, end: Floats) -> tuple[Floats, Floats]:
-    """How many of the spans [begin, end) are open, from each time on at which this changes."""
-    times = np.concatenate([begin, end])
-    steps = np.concatenate([np.ones(len(begin)), -np.ones(len(end))])
-    order = np.lexsort((steps, times))
-    return times[order], np.cumsum(steps[order])
-
-
-def _finish(axes: Axes, label: str) -> None:
-    axes.set_ylabel(label)
+def _over_time(axes: Axes, panel: TimePanel) -> None:
+    factor, unit = {"s": (1e3, "ms"), "share": (1e2, "%")}.get(panel.unit, (1.0, panel.unit))
+    for line in panel.lines:
+        label, values = (line.label if line.named else None), line.values * factor
+        look = ":" if line.dashed else "-"
+        if line.look == "area":
+            axes.fill_between(line.at, values, step="post", color=QUIET, alpha=0.18, lw=0, label=label)
+        elif line.look == "steps":
+            axes.stairs(values, line.at, color=_SIDES[line.side], lw=1.6, label=label, baseline=None)
+        else:
+            alone = line.look == "points"
+            axes.plot(
+                line.at, values, color=_SIDES[line.side], ls="none" if alone else look, lw=1.6, label=label,
+                marker="o" if alone else "", ms=4.5, mfc="none" if line.dashed else _SIDES[line.side],
+            )  # fmt: skip
+    axes.set_ylabel(unit if panel.unit in panel.title.lower() else f"{panel.title.split(',')[0]} ({unit})")
     axes.set_ylim(0, 1.03 * axes.get_ylim()[1])
-    axes.yaxis.set_major_locator(MaxNLocator(6, integer=label == "requests"))
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=panel.whole))
     axes.grid(color="#000000", alpha=0.12, lw=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:

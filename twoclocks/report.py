@@ -2,7 +2,7 @@
 
 import base64
 import datetime
-import json
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -10,15 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
+import msgspec
 
-from twoclocks import rosetta_text, terminal
+from twoclocks import headline, rosetta_text, terminal
+from twoclocks.charts import charts
 from twoclocks.errors import RunFolderError, plain
 from twoclocks.histogram_plot import server_histograms
 from twoclocks.load import Run, load_run
 from twoclocks.plots import timeline, violins
-from twoclocks.summary import cut_up, summarise
+from twoclocks.spread import INTERVAL, figure_intervals, spread
+from twoclocks.stutter import stutter
+from twoclocks.summary import clean, cut_up, summarise
 from twoclocks.vllm_bench import vllm_bench
 from twoclocks.waterfall_plot import waterfall_plot
+from twoclocks.worst import worst
 
 VIOLIN = Path("plots") / "client_vs_server_violin.png"
 TIMELINE = Path("plots") / "timeline.png"
@@ -43,7 +49,7 @@ def build(folder: str | Path, progress: Callable[[str], None] = lambda _: None) 
     progress(f"reading {folder}")
     run = load_run(folder)
     progress(f"computing the figures of {len(run.requests):,} requests")
-    summary = summarise(run)
+    summary = complete(run)
     try:
         (run.path / "plots").mkdir(exist_ok=True)
         write_json(run.path / "summary.json", summary)
@@ -61,6 +67,18 @@ def build(folder: str | Path, progress: Callable[[str], None] = lambda _: None) 
     return Report(summary, html, run.path / VIOLIN)
 
 
+def complete(run: Run) -> dict[str, Any]:
+    """The summary, with what takes longer to compute and only reports show: intervals, the spread, the worst."""
+    more = {
+        "intervals": figure_intervals(run),
+        "interval_definition": INTERVAL,
+        "spread": spread(run),
+        "stutter": stutter(run),
+        "worst": worst(run),
+    }
+    return summarise(run) | {key: clean(value) for key, value in more.items()}
+
+
 def heading(run: Run) -> str:
     """The run's name and what it was run against."""
     target = run.meta.get("target") or {}
@@ -68,9 +86,15 @@ def heading(run: Run) -> str:
     return run.name + (f" · {server}" if server else "")
 
 
-def page(template: str, **values: Any) -> str:
-    """A page from templates/. All values are escaped: a server under test may say anything."""
-    files = resources.files("twoclocks") / "templates"
+def page(template: str, data: dict[str, Any] | None = None, **values: Any) -> str:
+    """A page from templates/. All values are escaped: a server under test may say anything.
+
+    ``data``: what charts.js draws; without it, the page has no script at all.
+    """
+    package = resources.files("twoclocks")
+    files = package / "templates"
+    scripts = [package / "vendor" / "echarts" / "echarts.common.min.js", files / "charts.js"] if data else []
+    texts = [script.read_text(encoding="utf-8") for script in scripts]
     loader = jinja2.FunctionLoader(lambda name: (files / name).read_text(encoding="utf-8"))
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     environment.globals.update(
@@ -79,6 +103,10 @@ def page(template: str, **values: Any) -> str:
         bucket=terminal.bucket,
         scraped_span=terminal.scraped_span,
         shown_unit=terminal.shown_unit,
+        span=headline.span,
+        spread_labels=headline.SPREAD,
+        stall_words=headline.stall_words,
+        worst_columns=headline.WORST,
         plain=plain,
         instrument=terminal.instrument,
         is_in_process=terminal.is_in_process,
@@ -117,6 +145,9 @@ def page(template: str, **values: Any) -> str:
         session_words=terminal.session_words,
         prefix_lines=terminal.prefix_lines,
         rosetta=rosetta_text,
+        scripts=[markupsafe.Markup(text) for text in texts],  # noqa: S704, our own files
+        script_sources=" ".join(map(_source, texts)),
+        data=embedded(data) if data else None,
         style=(files / "style.css").read_text(encoding="utf-8"),
     )
     return environment.get_template(template).render(**values)
@@ -129,48 +160,42 @@ def picture(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """JSON as other programs read it: UTF-8, no NaN."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    coded = msgspec.json.encode(value, enc_hook=lambda number: number.item())  # numpy's
+    path.write_bytes(msgspec.json.format(coded, indent=1) + b"\n")
+
+
+def embedded(value: Any) -> markupsafe.Markup:
+    """JSON that no text in it can end: nothing that HTML could read as a tag, an entity or a comment."""
+    text = msgspec.json.encode(value).decode()
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return markupsafe.Markup(text)  # noqa: S704, see above
+
+
+def _source(script: str) -> str:
+    """The one script that a page allows, by its hash; any other, and any that came in with a text, does not run."""
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
 
 
 def _html(run: Run, summary: dict[str, Any], has_histograms: bool) -> str:
-    figures, meta = summary["figures"], run.meta
+    meta = run.meta
     target = [meta.get("target", {}).get(key) for key in ("server", "server_version", "api", "model", "url")]
     started = meta.get("started_at_unix")
     date = datetime.datetime.fromtimestamp(started, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC") if started else ""
-    experiment = run.path / "experiment.yaml"
+    experiment, drawn = run.path / "experiment.yaml", charts([run], [summary])
     return page(
         "report.html",
+        data=drawn,
+        charts=drawn,
         summary=summary,
         target=" · ".join(plain(part) for part in target if part),
         date=date,
-        cards=_cards(figures),
-        violin=picture(run.path / VIOLIN),
-        timeline=picture(run.path / TIMELINE),
-        waterfall=picture(run.path / WATERFALL),
+        cards=headline.cards(summary),
         histograms=picture(run.path / HISTOGRAMS) if has_histograms else None,
         setting=_setting(meta),
         experiment=experiment.read_text(encoding="utf-8") if experiment.exists() else "",
     )
-
-
-def _cards(figures: dict[str, Any]) -> list[dict[str, str]]:
-    def card(name: str, label: str, key: str = "value") -> dict[str, str]:
-        figure = figures[name]
-        return {"value": terminal.number(figure.get(key), figure["unit"]), "label": label}
-
-    failed = f"{figures['failed']['value']} failed, {figures['cancelled']['value']} cut off"
-    left = figures["hung_up"]["value"] + figures["gave_up"]["value"]
-    failed += f", {left} left by their users" if left else ""
-    cards = [
-        card("ok", f"requests ok of {figures['requests']['value']} ({failed})"),
-        card("ttft", "ms TTFT, median", "p50"),
-        card("ttft", "ms TTFT, p99", "p99"),
-        card("tpot", "ms per output token, median", "p50"),
-        card("itl", "ms inter-token latency, p99", "p99"),
-        card("output_throughput", "output tokens/s"),
-        card("request_throughput", "requests/s"),
-    ]
-    return [*cards, card("goodput_share", "of the requests met the SLO")] if "goodput_share" in figures else cards
 
 
 def _setting(meta: dict[str, Any]) -> dict[str, str]:

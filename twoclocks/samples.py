@@ -192,7 +192,7 @@ def _throughput(runs: Sequence[Run], metric: str, seconds: float) -> Sample:
 def rates(run: Run, at: Floats, amounts: Floats) -> Floats:
     """Amounts per second, in equal parts of the measuring window; their mean is that of the whole."""
     start, end = run.window
-    longest = max(float(run.ok["e2e"].median()) if len(run.ok) else 0.0, 1e-3)
+    longest = max(float(run.ok["e2e"].dropna().median()), 1e-3) if run.ok["e2e"].notna().any() else 1e-3
     if not end > start:
         return np.empty(0)
     count = max(1, min(BLOCKS, int((end - start) / longest)))
