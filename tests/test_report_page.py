@@ -3,13 +3,14 @@
 import hashlib
 import json
 import re
-import shutil
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, browser
+from browser import CHROMIUM, PATIENCE_S, browser
 from make_run import make_run, record, write_folder
+from matplotlib.image import imread
 
 import twoclocks
 from twoclocks import compare, report
@@ -156,7 +157,7 @@ def test_a_curve_can_be_hidden(built, page):
 
 
 @needs_browser
-def test_every_chart_can_be_saved_for_a_paper(built, page):
+def test_every_chart_can_be_saved_for_a_paper(built, page, tmp_path):
     page.open(built.html, dark=True)
     count = page.ask("+document.documentElement.dataset.charts")
 
@@ -166,8 +167,13 @@ def test_every_chart_can_be_saved_for_a_paper(built, page):
         assert svg.get("width") == "960"
         assert page.ask(f"document.querySelectorAll('figure[data-chart]')[{at}].dataset.title") in texts
         assert "#ececf0" not in ET.tostring(svg, encoding="unicode")  # light, whatever the page is
-    png = page.ask("twoclocksPicture(0, 'PNG')")
-    assert png[1:4] == "PNG"
+    page.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    page.ask("document.querySelectorAll('figure[data-chart=timeline] .tools button')[1].click()")
+    deadline = time.monotonic() + PATIENCE_S
+    while not (saved := list(tmp_path.glob("*-timeline.png"))):
+        assert time.monotonic() < deadline, list(tmp_path.iterdir())
+        time.sleep(0.05)
+    assert imread(saved[0]).shape[1] == 3 * 960
 
 
 @needs_browser
@@ -203,4 +209,3 @@ def test_the_size_of_a_page_does_not_follow_that_of_a_run(tmp_path):
     few, many = (report.build(tmp_path / name).html.stat().st_size for name in ("few", "many"))
 
     assert many < few + 400_000
-    shutil.rmtree(tmp_path)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from twoclocks.errors import plain
 from twoclocks.load import Run
 from twoclocks.metrics import Floats, slo_limits
 from twoclocks.plots import FEW, Side, density, limits, violin_panels
@@ -25,7 +26,7 @@ MARKS = (50, 95, 99)
 def charts(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All that the page of one run, or of several, draws. ``summaries``: of each run, as summarise made it."""
     return {
-        "runs": [run.shown_name for run in runs],
+        "runs": [plain(run.shown_name) for run in runs],
         "violin": _violins(runs),
         "ecdf": _ecdfs(runs),
         "timeline": [_timeline(run) for run in runs],
@@ -113,7 +114,7 @@ def _ecdfs(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _timeline(run: Run) -> dict[str, Any]:
     window = [round(end, 3) if np.isfinite(end) else None for end in run.window]
     return {
-        "run": run.shown_name,
+        "run": plain(run.shown_name),
         "window": window,
         "panels": [
             {
@@ -158,10 +159,12 @@ def _waterfalls(summary: dict[str, Any]) -> list[dict[str, Any]]:
     total = sum(one["n"] for one in summary["waterfall"])
     return [
         {
-            "run": summary["label"],
+            "run": plain(summary["label"]),
             "n": one["n"],
             "how": one["how"],
-            "bars": [{"name": bar["name"], "label": bar["label"]} for bar in one["bars"] if bar["name"] != "total"],
+            "bars": [
+                {"name": bar["name"], "label": plain(bar["label"])} for bar in one["bars"] if bar["name"] != "total"
+            ],
             "stacks": [
                 stack | {"total": _ms(stack["total"]), "bars": {key: _ms(part) for key, part in stack["bars"].items()}}
                 for stack in one["stacks"]

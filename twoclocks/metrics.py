@@ -263,10 +263,8 @@ def reading_wait(chunks: Chunks, words: Floats, words_per_s: float, requests: in
     wait = np.full(requests, np.nan)
     if len(rows):
         starts = np.flatnonzero(new_stream)
-        stream = np.cumsum(new_stream) - 1
-        before = np.cumsum(read) - read
-        behind = (at - at[starts][stream]) - (before - before[starts][stream])
-        np.fmax.at(wait, rows[starts], np.maximum.reduceat(behind, starts))
+        behind = at - (np.cumsum(read) - read)  # what came before an answer cancels out
+        np.fmax.at(wait, rows[starts], np.maximum.reduceat(behind, starts) - behind[starts])
     return wait
 
 

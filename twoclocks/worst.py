@@ -40,7 +40,8 @@ def chunk_timelines(run: Run, request_ids: Sequence[str]) -> dict[str, tuple[Flo
     tokens = metrics.arrived_tokens(arrivals, run.requests["output_tokens"].to_numpy())
     found = {}
     for row in rows.tolist():
-        first, last = np.searchsorted(arrivals.request, [row, row + 1])
+        ends = np.array([row, row + 1], dtype=arrivals.request.dtype)  # of another type, all of it would be copied
+        first, last = np.searchsorted(arrivals.request, ends)
         seen = arrivals.is_token[first:last]
         at = arrivals.at[first:last][seen] - sent_at[row]
         kept = _kept(at)

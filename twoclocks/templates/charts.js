@@ -70,7 +70,7 @@ const BUILD = {
 
   ecdf(one, look) {
     const xs = one.curves.flatMap((curve) => [curve.points[0][0], curve.points[curve.points.length - 1][0]]).filter((x) => x > 0);
-    const low = Math.min(...xs), high = Math.max(...xs), log = high / low > 20;
+    const low = Math.min(...xs), high = Math.max(...xs), log = xs.length > 0 && high / low > 20;
     const series = one.curves.map((curve) => ({ name: who(curve.run, curve.side) + (curve.told_by ? ` (${curve.told_by})` : ""),
       type: "line", step: "end", symbol: "none", data: log ? curve.points.filter(([x]) => x > 0) : curve.points,
       lineStyle: { color: colourOf(look, curve.run, curve.side), width: 2, type: curve.side === "server" ? "dashed" : "solid" },
