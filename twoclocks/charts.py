@@ -52,7 +52,12 @@ def _violins(runs: Sequence[Run]) -> list[dict[str, Any]]:
             for side, who in zip(pair, ("client", "server"), strict=True)
             if len(side.values)
         ]
-        silent = [side.silence.replace("\n", " ") for _, side in panel.pairs if not len(side.values)]
+        names = [f"{plain(run.shown_name)}: " if len(runs) > 1 else "" for run in runs]
+        silent = [
+            name + side.silence.replace("\n", " ")
+            for name, (_, side) in zip(names, panel.pairs, strict=True)
+            if not len(side.values) and side.silence
+        ]
         made.append(
             {
                 "metric": metric,
@@ -61,7 +66,7 @@ def _violins(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "low": _ms(low),
                 "high": _ms(high),
                 "halves": halves,
-                "silent": list(dict.fromkeys(filter(None, silent))),
+                "silent": silent,
             }
         )
     return made

@@ -101,7 +101,7 @@ const BUILD = {
         markArea: i === 0 && one.window[0] !== null && one.window[1] !== null
           ? { silent: true, itemStyle: { color: look.quiet, opacity: 0.07 }, data: [[{ xAxis: one.window[0] }, { xAxis: one.window[1] }]] } : undefined });
       if (line.named) legend.push({ name, text: line.label, group: panel.title, colour,
-        shape: line.look === "area" ? "area" : line.look === "points" ? "point" : line.dashed ? "dashed" : "solid" });
+        shape: line.look === "area" ? "area" : line.look === "points" ? (line.dashed ? "ring" : "point") : line.dashed ? "dashed" : "solid" });
     }));
     const last = Math.max(0, ...one.panels.flatMap((panel) => panel.lines.map((line) => line.points.length ? line.points[line.points.length - 1][0] : 0)));
     const indexes = one.panels.map((_, at) => at);
@@ -174,7 +174,7 @@ const BUILD = {
       tooltip: { trigger: "axis", formatter: (points) => `${number(points[0].axisValue)} after it was sent\n` + points.map((p) => `${p.seriesName}: ${axisNumber(p.value[1])}`).join("\n") },
       dataZoom: [{ type: "slider", height: 18, bottom: 2, left: 48, right: 18, showDetail: false, showDataShadow: false, borderColor: look.line, fillerColor: look.quiet + "33", handleStyle: { color: look.quiet }, moveHandleStyle: { color: look.quiet } },
         { type: "inside", zoomOnMouseWheel: "ctrl", moveOnMouseWheel: false }],
-      xAxis: axis(look, { type: "value", min: 0, max: Math.ceil(Math.max(last[0], ...series[series.length - 1].data.slice(-1).map(([ms]) => ms))), name: "ms since the request was sent", nameLocation: "middle", nameGap: 26, axisLabel: { color: look.quiet, hideOverlap: true, showMaxLabel: false, formatter: axisNumber } }),
+      xAxis: axis(look, { type: "value", min: 0, max: Math.ceil(1.05 * last[0]), name: "ms since the request was sent", nameLocation: "middle", nameGap: 26, axisLabel: { color: look.quiet, hideOverlap: true, showMaxLabel: false, formatter: axisNumber } }),
       yAxis: axis(look, { type: "value", min: 0, name: "tokens", nameGap: 10, axisLabel: { color: look.quiet, formatter: axisNumber } }), series }) };
   },
 };
@@ -227,7 +227,7 @@ function swatch({ colour, shape, decal }) {
   const add = (name, attributes) => { const part = document.createElementNS(box.namespaceURI, name); for (const [key, value] of Object.entries(attributes)) part.setAttribute(key, value); box.append(part); };
   for (const [key, value] of Object.entries({ width: 22, height: 12, "aria-hidden": "true" })) box.setAttribute(key, value);
   if (shape === "area") add("rect", { width: 22, height: 12, fill: colour, rx: 2, "fill-opacity": 0.85 });
-  else if (shape === "point") add("circle", { cx: 11, cy: 6, r: 4, fill: colour });
+  else if (shape === "point" || shape === "ring") add("circle", { cx: 11, cy: 6, r: 4, fill: shape === "ring" ? "none" : colour, stroke: colour, "stroke-width": 1.5 });
   else add("line", { x1: 0, x2: 22, y1: 6, y2: 6, stroke: colour, "stroke-width": 3, "stroke-dasharray": shape === "dashed" ? "6 4" : "" });
   if (decal) for (const x of [4, 11, 18]) add("line", { x1: x - 3, x2: x + 3, y1: decal === "lines" ? 12 : 6, y2: decal === "lines" ? 0 : 6, stroke: "#fff", "stroke-width": 1.5 });
   return box;
@@ -263,7 +263,7 @@ function picture(one, type) {
     const { colour, shape } = names[i];
     return { type: "group", left: place.x + 8, top: place.y, children: [
       shape === "area" ? { type: "rect", shape: { x: 0, y: 1, width: 22, height: 11 }, style: { fill: colour, opacity: 0.85 } }
-        : shape === "point" ? { type: "circle", shape: { cx: 11, cy: 6, r: 4 }, style: { fill: colour } }
+        : shape === "point" || shape === "ring" ? { type: "circle", shape: { cx: 11, cy: 6, r: 4 }, style: { fill: shape === "ring" ? "#ffffff" : colour, stroke: colour } }
         : { type: "line", shape: { x1: 0, y1: 7, x2: 22, y2: 7 }, style: { stroke: colour, lineWidth: 3, lineDash: shape === "dashed" ? [6, 4] : null } },
       { type: "text", style: { x: 28, y: 1, text, fill: "#1d1d1f", font: `12px ${FONT}` } }] };
   });
