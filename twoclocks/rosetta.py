@@ -9,14 +9,14 @@ several choices is recorded as several chunks, and counts as that many here.
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from twoclocks import metrics
 from twoclocks.load import Run
-from twoclocks.metrics import PERCENTILES, Bools, Chunks, Floats, distribution
+from twoclocks.metrics import PERCENTILES, Bools, Floats, Ints, distribution
 from twoclocks.record import KINDS, TOKEN_KINDS, Kind
 
 Figures = dict[str, dict[str, Any]]
@@ -33,8 +33,12 @@ TEXT: tuple[Kind, ...] = ("content", "reasoning")
 class Arrivals:
     """Some requests and all that arrived of them. Seconds on one clock; NaN where unknown. Arrays of (requests,)."""
 
-    chunks: Chunks  # their request is a row of the arrays below
-    has_choice: Bools  # (chunks,): its event had a list of choices that was not empty
+    at: Floats  # (chunks,), of these and maybe other requests
+    kind: NDArray[np.int8]  # (chunks,), an index into record.KINDS
+    tokens: Floats  # (chunks,)
+    begin: Ints  # a request's chunks are those from begin to end, in order of arrival; ascending
+    end: Ints
+    usage_has_choice: bool  # usage comes in the event of a choice, and not in one without any
     began_at: Floats  # when it began to connect; where a connection was open already, sent_at
     sent_at: Floats
     ended_at: Floats  # the end of the stream, [DONE] where it came
@@ -45,20 +49,56 @@ class Arrivals:
 
 
 @dataclass(frozen=True, slots=True)
-class VllmAnswers:
-    """What `vllm bench serve` keeps of each request; NaN and no gap for one without any event."""
+class Seen:
+    """The chunks that a tool counts as tokens, all choices as one stream in order of arrival."""
 
+    at: Floats
+    place: Ints  # among all chunks
+    begin: Ints  # (requests,): a request's are those from begin to end
+    end: Ints
+
+    def first(self) -> Floats:
+        """(requests,); NaN where there is none."""
+        return self._of(self.begin)
+
+    def last(self) -> Floats:
+        """(requests,); NaN where there is none."""
+        return self._of(self.end - 1)
+
+    def later(self, rows: Bools) -> Bools:
+        """Which of these chunks, but for the very first, have one before them in the same one of these requests."""
+        several = rows & (self.end - self.begin > 1)
+        turns = np.zeros(len(self.at), dtype=np.int8)
+        turns[self.begin[several]] = 1
+        turns[self.end[several] - 1] = -1
+        return np.cumsum(turns[:-1], dtype=np.int8).astype(bool)
+
+    def gaps(self, rows: Bools) -> Floats:
+        """Gaps between successive chunks of these requests, request by request."""
+        return np.diff(self.at)[self.later(rows)]
+
+    def _of(self, places: Ints) -> Floats:
+        found = np.full(len(places), np.nan)
+        some = self.end > self.begin
+        found[some] = self.at[places[some]]
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class VllmAnswers:
+    """What `vllm bench serve` keeps of each request; NaN for one without any event."""
+
+    seen: Seen
     ttft: Floats
     e2e: Floats
     tpot: Floats  # 0 for an answer of one token
-    gaps: metrics.Gaps
 
 
 def vllm_answers(a: Arrivals) -> VllmAnswers:
-    """TTFT, E2E, TPOT and the gaps of each request, by the definitions of `vllm`."""
-    seen = _counted(a, KINDS)
-    ttft, e2e = metrics.ttft(seen, a.began_at), metrics.e2e(seen, a.began_at)
-    return VllmAnswers(ttft, e2e, np.where(a.output_tokens <= 1, 0.0, _tpot(a, ttft, e2e)), metrics.chunk_gaps(seen))
+    """The events of each request, its TTFT, E2E and TPOT, by the definitions of `vllm`."""
+    seen = _counted(a, KINDS if a.usage_has_choice else tuple(kind for kind in KINDS if kind != "usage"))
+    ttft, e2e = seen.first() - a.began_at, seen.last() - a.began_at
+    return VllmAnswers(seen, ttft, e2e, np.where(a.output_tokens <= 1, 0.0, _tpot(a, ttft, e2e)))
 
 
 def vllm(a: Arrivals, limits: Limits) -> Figures:
@@ -77,7 +117,7 @@ def vllm(a: Arrivals, limits: Limits) -> Figures:
     good = _within(limits, {"ttft": one.ttft, "tpot": one.tpot, "e2e": one.e2e})[ok]
     return {
         "ttft": _times(one.ttft[ok]),
-        "itl": _times(one.gaps.seconds[ok[one.gaps.request]]),
+        "itl": _times(one.seen.gaps(ok)),
         "tpot": _times(one.tpot[ok & (a.output_tokens > 1)]),
         "e2e": _times(one.e2e[ok]),
         **_rates(ok.sum(), a.output_tokens[ok].sum(), whole(a), good.sum() if limits else None),
@@ -96,12 +136,12 @@ def sglang(a: Arrivals, limits: Limits) -> Figures:
     Source: sglang/benchmark/serving.py and goodput.py, backend sglang-oai-chat, SGLang 0.5.23.
     """
     seen = _counted(a, TEXT)
-    ttft, e2e = np.nan_to_num(metrics.ttft(seen, a.began_at)), a.ended_at - a.began_at
-    tpot, gaps = _tpot(a, ttft, e2e), metrics.chunk_gaps(seen)
+    ttft, e2e = np.nan_to_num(seen.first() - a.began_at), a.ended_at - a.began_at
+    tpot = _tpot(a, ttft, e2e)
     good = _within(limits, {"ttft": ttft, "tpot": np.where(a.output_tokens <= 1, 0.0, tpot), "e2e": e2e})[a.ok]
     return {
         "ttft": _times(ttft[a.ok]),
-        "itl": _times(gaps.seconds[a.ok[gaps.request]]),
+        "itl": _times(seen.gaps(a.ok)),
         "tpot": _times(tpot[a.ok]),
         "e2e": _times(e2e[a.ok]),
         **_rates(a.ok.sum(), a.output_tokens[a.ok].sum(), whole(a), good.sum() if limits else None),
@@ -122,11 +162,10 @@ def guidellm(a: Arrivals, limits: Limits) -> Figures:
     guidellm 0.8.1, without its warm-up and cool-down; rates are the means that it prints.
     """
     seen, n = _counted(a, TOKEN_KINDS), a.output_tokens
-    ttft, last = metrics.ttft(seen, a.sent_at), metrics.e2e(seen, a.sent_at)
+    ttft, last = seen.first() - a.sent_at, seen.last() - a.sent_at
     itl, e2e = _over(last - ttft, n - 1), a.ended_at - a.sent_at
     good = _within(limits, {"ttft": ttft, "tpot": itl, "e2e": e2e}) == 1
-    events = np.bincount(seen.request[seen.is_token], minlength=len(n))
-    tokens = np.where(a.ok | ~np.isnan(n), n, events)  # of a cut answer, what had come of it
+    tokens = np.where(a.ok | ~np.isnan(n), n, seen.end - seen.begin)  # of a cut answer, what had come of it
     return {
         "ttft": _steps(ttft[a.ok]),
         "itl": _steps(itl[a.ok], n[a.ok] - 1),
@@ -149,7 +188,7 @@ def aiperf(a: Arrivals, limits: Limits) -> Figures:
     Source: aiperf/metrics/types/, aiperf 0.13.0.
     """
     seen = _counted(a, TOKEN_KINDS)
-    ttft, e2e = metrics.ttft(seen, a.began_at), metrics.e2e(seen, a.began_at)
+    ttft, e2e = seen.first() - a.began_at, seen.last() - a.began_at
     ok = a.ok & ~np.isnan(ttft)
     itl = _tpot(a, ttft, e2e)
     tpot = np.where(a.output_tokens <= 1, np.inf, itl)  # misses any limit
@@ -173,8 +212,7 @@ def genai_bench(a: Arrivals, limits: Limits) -> Figures:
 
     Source: genai_bench/user/openai_user.py and genai_bench/metrics/, genai-bench 0.0.5, without its --warmup-ratio.
     """
-    used = metrics.ttft(_counted(a, ("usage",), choice_or_not=True), a.began_at)
-    ttft = metrics.ttft(_counted(a, TEXT), a.began_at)
+    used, ttft = _counted(a, ("usage",)).first() - a.began_at, _counted(a, TEXT).first() - a.began_at
     ttft = np.where(np.isnan(ttft) & (a.output_tokens > 1), used, ttft)
     e2e = np.where(np.isnan(used), a.ended_at - a.began_at, used)
     ok = a.ok & ~np.isnan(ttft)
@@ -199,14 +237,15 @@ def inference_perf(a: Arrivals, limits: Limits) -> Figures:
     Source: inference_perf/reportgen/base.py and apis/streaming_parser.py, main of August 2026 (7de5ef2).
     """
     seen = _counted(a, ("content",))
-    ttft, last = metrics.ttft(seen, a.began_at), metrics.e2e(seen, a.began_at)
-    tpot, e2e, gaps = _tpot(a, ttft, last), a.ended_at - a.began_at, metrics.chunk_gaps(seen)
-    chosen = a.ok[gaps.request]
-    more = np.maximum(np.nan_to_num(gaps.tokens[chosen], nan=1.0) - 1, 0).astype(np.int64)
+    ttft, last = seen.first() - a.began_at, seen.last() - a.began_at
+    tpot, e2e = _tpot(a, ttft, last), a.ended_at - a.began_at
+    inside = seen.later(a.ok)
+    gaps, tokens = np.diff(seen.at)[inside], a.tokens[seen.place[1:][inside]]
+    zeros = np.zeros(int((tokens[tokens > 1] - 1).sum()))  # a chunk of an unknown count is taken as one token
     good = _within(limits, {"ttft": ttft, "tpot": tpot, "e2e": e2e})[a.ok]
     return {
         "ttft": _times(ttft[a.ok]),
-        "itl": _times(np.concatenate([gaps.seconds[chosen], np.zeros(more.sum())])),
+        "itl": _times(np.concatenate([gaps, zeros])),
         "tpot": _times(tpot[a.ok]),
         "e2e": _times(e2e[a.ok]),
         **_rates(a.ok.sum(), a.output_tokens[a.ok].sum(), whole(a), good.sum() if limits else None),
@@ -225,7 +264,7 @@ def llmperf(a: Arrivals, limits: Limits) -> Figures:
     Source: llmperf/ray_clients/openai_chat_completions_client.py and token_benchmark_ray.py, December 2024 (f1d6bed).
     """
     seen = _counted(a, ("content",))
-    ttft, last = metrics.ttft(seen, a.began_at), metrics.e2e(seen, a.began_at)
+    ttft, last = seen.first() - a.began_at, seen.last() - a.began_at
     itl = np.where(a.output_tokens == 0, 0.0, _over(np.nan_to_num(last), a.output_tokens))
     return {
         "ttft": _times(np.nan_to_num(ttft)[a.ok]),
@@ -296,25 +335,18 @@ def _words(tool: Callable[..., Any]) -> dict[str, str]:
 def arrivals(run: Run) -> Arrivals:
     """The measured requests of a run."""
     rows, chunks = run.measured, run.arrivals
-    place = np.full(len(run.requests), -1, dtype=np.int32)
-    place[rows.index.to_numpy()] = np.arange(len(rows), dtype=np.int32)
-    kept = place[chunks.request] >= 0
     names = ("sent_at", "ended_at", "prompt_tokens", "output_tokens")
     columns = {name: rows[name].to_numpy(dtype=np.float64) for name in names}
     connect_at = rows["connect_started_at"].to_numpy(dtype=np.float64)
-    status = rows["status"].to_numpy()
-    # transformers says usage beside the choice that finishes, other servers in an event of its own without any
-    usage_has_choice = (run.meta.get("target") or {}).get("server") == "transformers"
+    numbers, status = rows.index.to_numpy(dtype=np.int32), rows["status"].to_numpy()
     return Arrivals(
-        chunks=Chunks(
-            place[chunks.request[kept]],
-            chunks.at[kept],
-            chunks.tokens[kept],
-            chunks.kind[kept],
-            chunks.is_token[kept],
-            chunks.choice[kept],
-        ),
-        has_choice=(chunks.kind[kept] != KINDS.index("usage")) | usage_has_choice,
+        at=chunks.at,
+        kind=chunks.kind,
+        tokens=chunks.tokens,
+        begin=np.searchsorted(chunks.request, numbers),
+        end=np.searchsorted(chunks.request, numbers, side="right"),
+        # transformers says usage beside the choice that finishes, other servers in an event of its own without any
+        usage_has_choice=(run.meta.get("target") or {}).get("server") == "transformers",
         began_at=np.where(np.isnan(connect_at), columns["sent_at"], connect_at),
         ok=status == "ok",
         cut_off=status == "cancelled",
@@ -322,10 +354,10 @@ def arrivals(run: Run) -> Arrivals:
     )
 
 
-def _counted(a: Arrivals, kinds: tuple[Kind, ...], *, choice_or_not: bool = False) -> Chunks:
-    """The chunks, of which those of these kinds count as tokens, all choices as one stream in order of arrival."""
-    counts = np.isin(a.chunks.kind, [KINDS.index(kind) for kind in kinds]) & (a.has_choice | choice_or_not)
-    return replace(a.chunks, is_token=counts, choice=np.zeros_like(a.chunks.choice))
+def _counted(a: Arrivals, kinds: tuple[Kind, ...]) -> Seen:
+    """The chunks of these kinds."""
+    place = np.flatnonzero(np.array([kind in kinds for kind in KINDS])[a.kind])
+    return Seen(a.at[place], place, np.searchsorted(place, a.begin), np.searchsorted(place, a.end))
 
 
 def _tpot(a: Arrivals, ttft: Floats, e2e: Floats) -> Floats:

@@ -30,7 +30,9 @@ def vllm_bench(run: Run) -> dict[str, Any]:
     started = run.meta.get("started_at_unix")
     date = datetime.datetime.fromtimestamp(started, datetime.UTC).strftime("%Y%m%d-%H%M%S") if started else None
     left = int(measured["error_kind"].isin(LEFT).sum())
-    edges = np.searchsorted(one.gaps.request, np.arange(len(ok) + 1))
+    seen = one.seen
+    gaps = seen.gaps(np.ones_like(ok))
+    edges = np.cumsum([0, *np.maximum(seen.end - seen.begin - 1, 0)])
     prompt, output = a.prompt_tokens[ok].sum(), a.output_tokens[ok].sum()
     result: dict[str, Any] = {
         "date": date,
@@ -53,7 +55,7 @@ def vllm_bench(run: Run) -> dict[str, Any]:
         "input_lens": _counts(a.prompt_tokens),
         "output_lens": _counts(np.where(ok, a.output_tokens, 0)),
         "ttfts": np.nan_to_num(one.ttft).tolist(),
-        "itls": [one.gaps.seconds[begin:end].tolist() for begin, end in pairwise(edges)],
+        "itls": [gaps[begin:end].tolist() for begin, end in pairwise(edges)],
         "latencies": np.where(ok, one.e2e, 0).tolist(),
         "start_times": a.began_at.tolist(),
         "errors": [message or "" for message in measured["error_message"]],
@@ -64,7 +66,7 @@ def vllm_bench(run: Run) -> dict[str, Any]:
     latencies = {
         "ttft": one.ttft[ok],
         "tpot": one.tpot[ok & (a.output_tokens > 1)],
-        "itl": one.gaps.seconds[ok[one.gaps.request]],
+        "itl": seen.gaps(ok),
         "e2el": one.e2e[ok],
     }
     for name, values in latencies.items():
@@ -94,7 +96,7 @@ def _peaks(a: Arrivals, one: VllmAnswers, ok: Bools) -> dict[str, float]:
         return {"max_output_tokens_per_s": 0.0, "max_concurrent_requests": 0}
     zero = a.began_at[ok].min()
     begin, end = (a.began_at[ok] - zero).astype(np.int64), (a.began_at[ok] + one.e2e[ok] - zero).astype(np.int64)
-    events = a.chunks.at[a.has_choice & ok[a.chunks.request]] - zero
+    events = np.concatenate([one.seen.first()[ok], one.seen.at[1:][one.seen.later(ok)]]) - zero
     under_way = np.cumsum(np.bincount(begin, minlength=end.max() + 2) - np.bincount(end + 1, minlength=end.max() + 2))
     busiest = np.bincount(events.astype(np.int64)).max()
     return {"max_output_tokens_per_s": float(busiest), "max_concurrent_requests": int(under_way.max())}
