@@ -108,7 +108,8 @@ def vllm(a: Arrivals, limits: Limits) -> Figures:
     counted once, however many tokens came in it. TPOT = (E2E - TTFT) / (output tokens - 1), of answers of two tokens
     or more. E2E = last such event - start. Throughput = requests and output tokens of answered requests / (first start
     -> end of the last stream). Goodput = answered requests within all limits / the same time; the TPOT of a one-token
-    answer is 0.
+    answer is 0. It takes the server's count of tokens where that comes in an event of its own; else (transformers) it
+    counts with a tokenizer, and here the server's count is taken.
 
     Source: vllm/benchmarks/serve.py (calculate_metrics) and lib/endpoint_request_func.py, vLLM 0.32.
     """
