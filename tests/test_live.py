@@ -16,7 +16,8 @@ from make_run import record
 from rich.console import Console
 
 from twoclocks.experiment import Load
-from twoclocks.live import LONGEST, Figures, Moment, ServerGauges, due_rate, lines, load_words, progress
+from twoclocks.gauges import ServerGauges
+from twoclocks.live import LONGEST, Figures, Moment, due_rate, lines, load_words, progress
 from twoclocks.record import encode_record
 
 

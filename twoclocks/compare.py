@@ -21,6 +21,7 @@ from twoclocks.report import VIOLIN, Report, complete, page, picture, write_json
 from twoclocks.samples import Sample
 from twoclocks.study import STUDY_FILE, finished, read_study
 from twoclocks.summary import clean
+from twoclocks.terminal import TOTALS
 from twoclocks.verdict import verdict
 
 ROWS: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -30,17 +31,6 @@ ROWS: dict[str, tuple[str, Callable[..., Any]]] = {
     "e2e": ("E2E", metrics.e2e),
 }
 """Metric -> its name and where the client's definition stands; the server's figures of the same name come after it."""
-TOTALS = {
-    "requests": "Requests",
-    "ok": "Ok",
-    "failed": "Failed",
-    "cancelled": "Cut off at the end",
-    "hung_up": "Hung up on, as drawn",
-    "gave_up": "Given up for want of a first token",
-    "duration": "Test duration",
-    "request_throughput": "Requests/s",
-    "output_throughput": "Output tokens/s",
-}
 INTERVAL = (
     "Difference: this side's figure - the first side's. Interval: 95 %, by bootstrap "
     f"({intervals.RESAMPLES} draws, seed {intervals.SEED}). Where both sides sent the same {samples.PROMPTS} prompts "

@@ -10,7 +10,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -23,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from twoclocks.export import Job
 from twoclocks.families import families
+from twoclocks.growing import Growing
 from twoclocks.metrics import slo_limits
 from twoclocks.otlp_metrics import EXPORT_MS, Pusher, interval_s
 from twoclocks.totals import Meta, Totals
@@ -35,32 +35,6 @@ CLIENT_S = 5.0
 MAX_CLIENTS = 16
 
 
-class Tail:
-    """The lines that were added to a file since the last time; none where there is no such file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._offset = 0
-
-    def pages(self) -> Iterator[bytes]:
-        """Whole lines, some at a time."""
-        while page := self._page():
-            yield page
-
-    def _page(self) -> bytes:
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self._offset)
-                page = file.read(PAGE_BYTES)
-                if b"\n" not in page:  # a line that is longer still, or not whole yet
-                    page += file.readline()
-        except FileNotFoundError:
-            return b""
-        whole, newline, _ = page.rpartition(b"\n")
-        self._offset += len(whole) + len(newline)
-        return whole + newline
-
-
 class Exporting(Collector):
     """The run so far. Safe to be asked by many threads."""
 
@@ -71,7 +45,7 @@ class Exporting(Collector):
         self.ended = False
         self.scrapes = 0
         self._meta = folder / "run.json"
-        self._requests, self._self = Tail(folder / "requests.jsonl"), Tail(folder / "self_samples.jsonl")
+        self._requests, self._self = Growing(folder / "requests.jsonl"), Growing(folder / "self_samples.jsonl")
         self._lock = threading.Lock()
 
     def catch_up(self) -> None:
@@ -80,9 +54,8 @@ class Exporting(Collector):
             if self.ended:
                 return
             # read before run.json, which is therefore not older: it tells which of them count
-            requests, seconds = self._requests.pages(), self._self.pages()
-            for pages, add in ((requests, self.totals.add_requests), (seconds, self.totals.add_self)):
-                for page in pages:
+            for file, add in ((self._requests, self.totals.add_requests), (self._self, self.totals.add_self)):
+                while page := file.read(PAGE_BYTES):
                     self.totals.meta = msgspec.json.decode(self._meta.read_bytes(), type=Meta)
                     add(page)
             self.totals.meta = msgspec.json.decode(self._meta.read_bytes(), type=Meta)

@@ -22,6 +22,7 @@ from twoclocks.levels import one_run_only
 from twoclocks.master import MasterSide, apply_options
 from twoclocks.run_folder import refuse_existing
 from twoclocks.shapes import first_users, in_window, length_s
+from twoclocks.web_tab import add_tab
 from twoclocks.worker import WorkerSide
 from twoclocks.workload import load_workload
 
@@ -119,7 +120,9 @@ def on_init(environment: Environment, runner: Any, **_: Any) -> None:
     environment.stop_timeout = load.drain_s
     # the measured time begins after the warm-up, so the clock of a headless run is ours; elsewhere this fills the form
     options.run_time = None if options.headless else round(length_s(load))
-    MasterSide(environment, runner, options, experiment, settings)
+    side = MasterSide(environment, runner, options, experiment, settings)
+    if environment.web_ui is not None:
+        add_tab(environment.web_ui, options.web_base_path, side.shown)
 
 
 def _raise_file_limit() -> None:

@@ -7,7 +7,6 @@ files, afterwards. Where nobody looks (no terminal, or CI) nothing here runs. Kn
 import atexit
 import contextlib
 import logging
-import math
 import os
 import sys
 from collections import deque
@@ -26,16 +25,14 @@ from rich.text import Text
 
 from twoclocks.errors import plain
 from twoclocks.experiment import Load
+from twoclocks.gauges import ServerGauges
 from twoclocks.record import LEFT, Kind, token_span_s
-from twoclocks.server_names import GAUGES
 from twoclocks.shapes import length_s
 
 REFRESH_S = 1.0
 LAST_S = 10.0
 LONGEST = 4000
 """Ended requests that are kept for the figures; beyond 400 a second they reach back less than LAST_S."""
-PAGE_BYTES = 256 * 1024
-"""Of server_samples.jsonl, read at one refresh."""
 
 
 def is_shown() -> bool:
@@ -63,14 +60,7 @@ class _Second(msgspec.Struct):
     loop_lag_s: list[float]
 
 
-class _Page(msgspec.Struct):
-    """What is read of a line of server_samples.jsonl, which holds only what has changed."""
-
-    url: str
-    samples: list[tuple[str, dict[str, str], float | None]] = []
-
-
-_ended, _second, _page = msgspec.json.Decoder(_Ended), msgspec.json.Decoder(_Second), msgspec.json.Decoder(_Page)
+_ended, _second = msgspec.json.Decoder(_Ended), msgspec.json.Decoder(_Second)
 
 
 @dataclass(frozen=True)
@@ -139,43 +129,6 @@ class Figures:
             ttft_p95=_quantile(ttfts, 0.95),
             tpot_p50=_quantile(tpots, 0.5),
         )
-
-
-class ServerGauges:
-    """The newest running, waiting and KV cache usage in a growing server_samples.jsonl."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._offset = 0
-        self._values: dict[str, dict[tuple[str, str], float]] = {}  # gauge name -> (url, labels) -> value
-
-    def read(self) -> dict[str, float]:
-        """Gauge of GAUGES -> value of all engines together (of KV cache usage the highest); none that is not known."""
-        for line in self._new_lines():
-            with contextlib.suppress(msgspec.MsgspecError):  # a line of another kind has no gauges to show
-                page = _page.decode(line)
-                for name, labels, value in page.samples:
-                    if name in _GAUGE_NAMES and value is not None and math.isfinite(value):
-                        self._values.setdefault(name, {})[page.url, str(labels)] = value
-        known = {gauge: next((name for name in names if name in self._values), None) for gauge, names in GAUGES.items()}
-        return {
-            gauge: (max if gauge == "kv_cache_usage" else sum)(self._values[name].values())
-            for gauge, name in known.items()
-            if name is not None
-        }
-
-    def _new_lines(self) -> list[bytes]:
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self._offset)
-                whole, newline, _ = file.read(PAGE_BYTES).rpartition(b"\n")
-        except OSError:
-            return []  # there is no such file where nothing is scraped
-        self._offset += len(whole) + len(newline)
-        return whole.splitlines()
-
-
-_GAUGE_NAMES = {name for names in GAUGES.values() for name in names}
 
 
 @dataclass(frozen=True)

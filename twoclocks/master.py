@@ -40,6 +40,7 @@ from twoclocks.shapes import dealt, in_window, is_open, length_s
 from twoclocks.target import metrics_urls, resolve
 from twoclocks.user import Sender, StreamingUser, load_now
 from twoclocks.warmup import in_words, warm_up
+from twoclocks.web_tab import Shown
 from twoclocks.workload import load_workload, new_salt, plans
 
 PROGRESS_S = 15.0
@@ -82,6 +83,7 @@ class MasterSide:
         self.sent_warmup, self.sent_of_workers = Sent(), dict[str, bytes]()  # prompts
         self.time_is_up = False
         self.broken: str | None = None
+        self.refused: str | None = None  # why the last run that was asked for could not begin
         self.ended: list[Path] = []  # folders of the runs that are over
         environment.events.test_start.add_listener(lambda **_: self.begin())
         environment.events.test_stopping.add_listener(lambda **_: self.stopping())
@@ -112,6 +114,7 @@ class MasterSide:
 
     def _give_up(self, why: str, exit_code: int) -> None:
         sys.stderr.write(f"twoclocks: {why}\n")
+        self.refused = why
         self.environment.process_exit_code = exit_code
         if self.folder is not None:
             self.note(why)
@@ -131,7 +134,7 @@ class MasterSide:
         self.environment.stop_timeout = experiment.load.drain_s
         self.kept, self.received, self.sent, self.shares = 0, {}, {}, {}
         self.exhausted, self.unsent, self.sent_of_workers = set(), {}, {}
-        self.time_is_up, self.broken = False, None
+        self.time_is_up, self.broken, self.refused = False, None, None
         if self.exporter is not None:  # of the run before, which may still await a last scrape
             self.exporter.close()
         self.model, version = resolve(experiment.target)
@@ -325,6 +328,11 @@ class MasterSide:
 
     def _now(self) -> float:
         return (time.monotonic_ns() - self.zero_ns) / 1e9
+
+    def shown(self) -> Shown:
+        """What the web UI's tab shows: the run that goes on, or the last one."""
+        newest = self.folder.path if self.folder is not None else self.ended[-1] if self.ended else None
+        return newest, self._now(), self.refused
 
     def _show_progress(self) -> None:
         """A line now and then, for those who keep Locust's tables away with --only-summary."""

@@ -30,6 +30,27 @@ LABELS = {
     "ttft_from_intended": "TTFT from when it was due",
     "e2e_from_intended": "E2E from when it was due",
 }
+TOTALS = {
+    "requests": "Requests",
+    "ok": "Ok",
+    "failed": "Failed",
+    "cancelled": "Cut off at the end",
+    "hung_up": "Hung up on, as drawn",
+    "gave_up": "Given up for want of a first token",
+    "duration": "Test duration",
+    "request_throughput": "Requests/s",
+    "output_throughput": "Output tokens/s",
+}
+GOODPUT = {"goodput": "Goodput (requests/s)", "goodput_share": "Goodput (share of the requests)"}
+GAUGE_LABELS = {
+    "load": "Load",
+    "users": "users",
+    "in_flight": "requests in flight",
+    "server_requests": "Requests in the server",
+    "running": "running",
+    "waiting": "waiting",
+    "kv_cache_usage": "KV cache used",
+}
 SHORT = {
     "ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "E2E", "time_per_token": "time per token",
     "tokenize": "template, tokenize",
@@ -190,8 +211,8 @@ def _totals(summary: dict[str, Any]) -> Table:
         table.add_row("Due, and not sent", offered(figures))
     if "batches" in figures:
         table.add_row("Batches", number(figures["batches"]["value"], "requests"))
-    table.add_row("Requests/s", both(figures, "request_throughput"))
-    table.add_row("Output tokens/s", both(figures, "output_throughput"))
+    table.add_row(TOTALS["request_throughput"], both(figures, "request_throughput"))
+    table.add_row(TOTALS["output_throughput"], both(figures, "output_throughput"))
     table.add_row("Output tokens", number(figures["output_tokens"]["value"], "tokens"))
     table.add_row("Prompt tokens", number(figures["prompt_tokens"]["value"], "tokens"))
     if "goodput" in figures:
@@ -199,7 +220,7 @@ def _totals(summary: dict[str, Any]) -> Table:
             number(figures["goodput"]["value"], "requests/s"),
             number(figures["goodput_share"]["value"], "share"),
         )
-        table.add_row("Goodput (requests/s)", f"{rate} ({share} of the requests)")
+        table.add_row(GOODPUT["goodput"], f"{rate} ({share} of the requests)")
         slo = summary["slo"]
         needed = f"{number(slo['required_share'], 'share')} of the requests must meet it"
         table.add_row("SLO", f"{'met' if slo['met'] else 'MISSED'} ({needed})")
