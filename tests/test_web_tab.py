@@ -46,9 +46,9 @@ def schedule_server(*words):
 def web_ui(tmp_path, *words):
     """Locust with its web UI, ready to be asked."""
     url = f"http://127.0.0.1:{free_port()}"
-    with started(tmp_path, *words, "--web-port", url.rpartition(":")[2], "--no-report", headless=False) as process:
+    with started(tmp_path, *words, "--web-port", url.rpartition(":")[2], "--no-report", headless=False):
         wait_for(lambda: answers(url))
-        yield url, process
+        yield url
 
 
 def answers(url) -> bool:
@@ -78,7 +78,7 @@ def test_the_tab_shows_a_run_that_goes_on_as_it_is(tmp_path, page, processes):
     settings = ("target.name=" + HOSTILE, "slo.ttft_ms=5000", "workload.max_tokens=24")
     words = [word for setting in settings for word in ("--set", setting)]
     with schedule_server("--log", str(log)) as server:
-        with web_ui(tmp_path / "runs", "-H", server, "-u", "3", "-r", "3", *words, *processes) as (url, process):
+        with web_ui(tmp_path / "runs", "-H", server, "-u", "3", "-r", "3", *words, *processes) as url:
             page.size(1280)
             page.problems.clear()
             page.call("Page.navigate", url=url)
@@ -113,8 +113,6 @@ def test_the_tab_shows_a_run_that_goes_on_as_it_is(tmp_path, page, processes):
             told = httpx.get(f"{url}/twoclocks/live.json").json()
             assert httpx.get(f"{url}/twoclocks/requests.jsonl").content == records_of(tmp_path / "runs")
             problems = list(page.problems)
-            process.terminate()
-            process.communicate(timeout=60)
     records, _ = read(tmp_path / "runs")
     expected = summarise(load_run(only_run(tmp_path / "runs")))["figures"]
     sent = read_log(log)
@@ -151,7 +149,7 @@ def records_of(folder) -> bytes:
 
 
 def test_routes_are_closed_to_other_pages_and_say_so_where_no_run_could_begin(tmp_path):
-    with web_ui(tmp_path, "-H", "http://127.0.0.1:9") as (url, process):
+    with web_ui(tmp_path, "-H", "http://127.0.0.1:9") as url:
         nothing = httpx.get(f"{url}/twoclocks/live.json")
         assert httpx.get(f"{url}/twoclocks/requests.jsonl").status_code == 404
         for path in ("live.json", "live.js", "requests.jsonl"):
@@ -163,8 +161,6 @@ def test_routes_are_closed_to_other_pages_and_say_so_where_no_run_could_begin(tm
         wait_for(lambda: httpx.get(f"{url}/twoclocks/live.json").json()["error"])
         trouble = httpx.get(f"{url}/twoclocks/live.json").json()["error"]
         index = httpx.get(url).text
-        process.terminate()
-        process.communicate(timeout=60)
 
     assert nothing.json() == {"run": None, "error": None}
     assert nothing.headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"

@@ -84,7 +84,7 @@ class _Self(msgspec.Struct):
     in_flight: int
 
 
-_meta, _self = msgspec.json.Decoder(_Meta), msgspec.json.Decoder(_Self)
+_meta, _second = msgspec.json.Decoder(_Meta), msgspec.json.Decoder(_Self)
 
 
 class Counted:
@@ -273,7 +273,7 @@ class LiveRun:
         return second
 
     def _add_load(self, lines: bytes) -> None:
-        for one in _self.decode_lines(lines):
+        for one in _second.decode_lines(lines):
             self._processes[one.worker] = one
             there = [other for other in self._processes.values() if other.at > one.at - GONE_S]
             users, in_flight = sum(other.users for other in there), sum(other.in_flight for other in there)
