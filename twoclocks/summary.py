@@ -640,6 +640,8 @@ def clean(value: Any) -> Any:
     """Without NaN and numpy numbers, which JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): clean(item) for key, item in value.items()}
+    if isinstance(value, list) and set(map(type, value)) == {float} and math.isfinite(sum(value)):
+        return value  # the gaps of a long run are millions, seldom NaN
     if isinstance(value, list | tuple):
         return [clean(item) for item in value]
     if isinstance(value, np.generic):
