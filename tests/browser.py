@@ -46,9 +46,7 @@ class Browser:
         self.problems.clear()
         self.size(width, height, dark)
         self.call("Page.navigate", url=Path(path).resolve().as_uri())
-        deadline = time.monotonic() + PATIENCE_S
-        while not self.ask("document.readyState === 'complete' && location.protocol === 'file:'"):
-            assert time.monotonic() < deadline, "the page did not load"
+        self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
 
     def size(self, width, height=900, dark=False):
         self.call(
@@ -62,6 +60,14 @@ class Browser:
         told = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in told, told
         return told["result"].get("value")
+
+    def wait(self, expression):
+        """Until a JavaScript expression is true: what is drawn is there with the next frame. Gives its value."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not (value := self.ask(expression)):
+            assert time.monotonic() < deadline, f"never true: {expression}"
+            time.sleep(0.02)
+        return value
 
     def press(self, key, code=0):
         """A key, to whatever has the focus."""
