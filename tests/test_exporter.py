@@ -226,8 +226,8 @@ def test_it_is_live_and_counters_only_rise(exported):
     assert len(set(counts)) > 3
     assert counts == sorted(counts)
     assert max(value(page, "twoclocks_users") for page in pages) == 3
-    assert 1 <= max(value(page, "twoclocks_running_requests") for page in pages) <= 3
-    assert value(pages[-1], "twoclocks_running_requests") == 0
+    assert 1 <= max(value(page, "twoclocks_in_flight") for page in pages) <= 3
+    assert value(pages[-1], "twoclocks_in_flight") == 0
 
 
 def test_the_end_frees_the_port(exported):

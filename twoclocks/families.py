@@ -70,7 +70,7 @@ def families(totals: Totals, about: Mapping[str, str], *, ended: bool) -> Iterat
     users = sum(second.users for second in totals.present)
     yield _gauge("users", "Users of Locust; in an open loop one a process, which sends all that is due.", users)
     in_flight = sum(second.in_flight for second in totals.present)
-    yield _gauge("running_requests", "Requests under way, as the load generator sees them.", in_flight)
+    yield _gauge("in_flight", "Requests in flight, as the load generator sees them.", in_flight)
     yield _gauge("processes", "Processes of the load generator that tell of themselves.", len(totals.present))
     cpu = CounterMetricFamily(
         "twoclocks_loop_cpu_seconds",

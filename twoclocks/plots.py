@@ -27,7 +27,7 @@ from twoclocks.errors import plain
 from twoclocks.expositions import Scrapes
 from twoclocks.load import Run
 from twoclocks.metrics import Floats, definition
-from twoclocks.terminal import number
+from twoclocks.terminal import LABELS, number
 from twoclocks.timeline import Panel as TimePanel
 from twoclocks.timeline import timeline_of
 
@@ -108,17 +108,13 @@ def timeline(run: Run, path: Path) -> None:
 def violin_panels(runs: Sequence[Shown]) -> list[Panel]:
     """TTFT, TPOT, E2E and ITL of each run by both clocks."""
     panels = []
-    for metric, name, function in (
-        ("ttft", "Time to first token (TTFT)", metrics.ttft),
-        ("tpot", "Time per output token (TPOT), per request", metrics.tpot),
-        ("e2e", "Request duration (E2E)", metrics.e2e),
-    ):
+    for metric, function in (("ttft", metrics.ttft), ("tpot", metrics.tpot), ("e2e", metrics.e2e)):
         pairs = [(Side(run.ok[metric].dropna().to_numpy(), "no value"), _server_side(run, metric)) for run in runs]
-        panels.append(Panel(name, pairs, [f"Client: {definition(function)}", *_told_notes(runs, pairs)]))
+        panels.append(Panel(LABELS[metric], pairs, [f"Client: {definition(function)}", *_told_notes(runs, pairs)]))
     silence = "no server tells\nsingle gaps"
     pairs = [(Side(run.gaps.seconds, "no value"), _window_mean(run, "itl", silence)) for run in runs]
     notes = [f"Client: {definition(metrics.chunk_gaps)}", *_told_notes(runs, pairs)]
-    panels.append(Panel("Inter-token latency (ITL), chunk gaps", pairs, notes))
+    panels.append(Panel(LABELS["itl"], pairs, notes))
     return panels
 
 

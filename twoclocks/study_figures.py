@@ -113,7 +113,7 @@ def _requests(pool: Pooled, repeats: int) -> dict[str, Figure]:
         "requests": ("requests", "measured requests: sent in the measuring window, warm-up left out", status.notna()),
         "requests.ok": ("requests ok", "measured requests whose stream came to its proper end", status == "ok"),
         "requests.failed": ("failed", "measured requests that failed", ~status.isin(["ok", "cancelled"])),
-        "requests.cancelled": ("cut off by this tool", "requests that this tool cut off", status == "cancelled"),
+        "requests.cancelled": ("cut off at the end", "requests that this tool cut off", status == "cancelled"),
     }  # fmt: skip
     return {
         name: Figure(

@@ -26,7 +26,7 @@ LABELS = {
     "batch_latency_per_request": "Batch latency / requests of the batch",
     "batch_throughput": "Output tokens/s of a batch",
     # open loop
-    "send_lateness": "Sent after it was due",
+    "send_lateness": "Send lateness: sent after it was due",
     "ttft_from_intended": "TTFT from when it was due",
     "e2e_from_intended": "E2E from when it was due",
 }
