@@ -132,7 +132,8 @@ def test_locusts_csv_as_locust_writes_it(tmp_path):
     ("name", "content"),
     [("a.json", "{"), ("a.json", "[1]"), ("a.json", ""), ("a.json", '{"ti\\u001btle": 1}'), ("a.csv", "x,y\n1,2\n"),
      ("a.csv", "\xff"), ("a.json", '{"benchmarks": 3}'),
-     ("a.json", '{"aggregated_metrics": {}, "_time_unit": "days"}')],
+     ("a.json", '{"aggregated_metrics": {}, "_time_unit": "days"}'), ("a.json", "[" * 5000),
+     ("a.csv", "Type,Name\rx,y\r"), ("a.csv", "Type,Name\n" + "x" * 200_000)],
 )  # fmt: skip
 def test_what_is_no_result_is_one_line(tmp_path, name, content):
     (tmp_path / name).write_bytes(content.encode("latin-1"))

@@ -14,6 +14,7 @@ from twoclocks import cli, samples
 from twoclocks.errors import TwoclocksError
 from twoclocks.gate import judge, parse
 from twoclocks.samples import Sample
+from twoclocks.summary import summarise
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +274,21 @@ def test_what_a_server_does_not_tell_or_tells_by_another_clock_is_not_compared(r
     assert (found.outcome, "different clocks" in found.reason) == ("not enough data", True)
     both = samples.sample([runs["base-200"], spans], "server_ttft")
     assert "told by several clocks" in both.missing
+
+
+def test_who_was_hung_up_on_as_drawn_is_no_miss_of_the_slo(tmp_path):
+    """Seventy answers within the SLO, thirty that their users left: of those that an SLO judges all are good."""
+    left = {"status": "cancelled", "error_kind": "hung_up"}
+    made = [
+        record(f"{n:032x}", sent_at=n / 10, ended_at=n / 10 + 0.05, **(left if n >= 70 else {})) for n in range(100)
+    ]
+    folder = write_folder(tmp_path / "r", made)
+    (folder / "experiment.yaml").write_text("slo: {ttft_ms: 5000}\n")
+    run = twoclocks.load_run(folder)
+    sample = samples.sample([run], "goodput_share")
+
+    assert [values.tolist() for values in sample.values] == [[1.0] * 70]
+    assert summarise(run)["figures"]["goodput_share"]["value"] == 1
 
 
 def test_goodput_needs_an_slo(tmp_path):

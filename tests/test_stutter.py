@@ -1,3 +1,4 @@
+import msgspec
 import numpy as np
 import pytest
 from make_run import make_run, record, write_folder
@@ -85,6 +86,16 @@ def test_words_are_counted_where_answers_were_kept(tmp_path, text, expected):
 
     assert told["tokens_per_word"] == pytest.approx(expected)
     assert ("counted in the 3 answers" in told["tokens_per_word_from"]) == (expected == 1.5)
+
+
+def test_the_tokens_of_reasoning_are_no_words_of_the_answer(tmp_path):
+    thinking = [("reasoning", 30), ("content", 30)]
+    kept = [answer(i, [100_000] * 60, output_text="word " * 22) for i in range(3)]
+    kept = [msgspec.structs.replace(one, chunk_kinds=thinking) for one in kept]
+
+    told = stutter(twoclocks.load_run(write_folder(tmp_path / "r", kept)))
+
+    assert told["tokens_per_word"] == TOKENS_PER_WORD
 
 
 def test_a_run_without_answers_says_nothing(tmp_path):

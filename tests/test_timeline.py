@@ -3,6 +3,7 @@ import pytest
 from make_run import make_run, record, write_folder
 
 import twoclocks
+from twoclocks import report
 from twoclocks.timeline import BINS, bins, timeline_of
 
 
@@ -42,6 +43,13 @@ def test_a_long_run_has_no_more_bins(tmp_path):
 
     assert len(bins(run)) <= BINS + 1
     assert bins(run)[-1] >= 86_400
+
+
+def test_a_run_that_ended_in_its_warm_up_has_a_chart(tmp_path):
+    folder = write_folder(tmp_path / "r", [record(phase="warmup", sent_at=0.0, ended_at=1.0)])
+
+    assert "users active" not in {label for _, label in lines_of(twoclocks.load_run(folder))}
+    assert report.build(folder).html.exists()
 
 
 def test_an_empty_run_has_empty_panels(tmp_path):

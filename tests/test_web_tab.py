@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -49,6 +50,28 @@ def web_ui(tmp_path, *words):
     with started(tmp_path, *words, "--web-port", url.rpartition(":")[2], "--no-report", headless=False):
         wait_for(lambda: answers(url))
         yield url
+
+
+def test_workers_end_with_a_master_whose_run_was_stopped_in_the_page(tmp_path):
+    """After its stop message Locust's master knows no worker until the drain's time is over, and cannot end them."""
+    port = str(free_port())
+    words = ["--web-port", port, "--no-report", "--processes", "2", "--set", "load.drain_s=100"]
+    url = f"http://127.0.0.1:{port}"
+    with schedule_server() as server, started(tmp_path, *words, "-H", server, headless=False) as process:
+        wait_for(lambda: answers(url) and len(httpx.get(f"{url}/stats/requests").json().get("workers", [])) == 2)
+        workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        httpx.post(f"{url}/swarm", data={"user_count": 2, "spawn_rate": 2, "host": server})
+        wait_for(lambda: httpx.get(f"{url}/stats/requests").json()["state"] == "running")
+        httpx.post(f"{url}/stop", timeout=60).raise_for_status()
+        wait_for(
+            lambda: '"finished"' in (told := (only_run(tmp_path) / "run.json").read_text()) or "interrupted" in told
+        )
+        time.sleep(1)  # Locust's own messages of the stop
+        process.terminate()
+        process.wait(60)
+
+        assert len(workers) >= 2
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 30)  # left alone: 60 s
 
 
 def answers(url) -> bool:

@@ -4,6 +4,7 @@ Its standard input carries a line each: a Job, and at the run's end `end`. From 
 if there has been any, at most Job.linger_s. When its parent dies its input ends, and then it ends at once.
 """
 
+import io
 import logging
 import select
 import socket
@@ -20,6 +21,7 @@ from prometheus_client import make_wsgi_app
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from twoclocks.errors import RunFolderError
 from twoclocks.export import Job
 from twoclocks.families import families
 from twoclocks.growing import Growing
@@ -154,14 +156,15 @@ class Pushing:
 
 def main() -> None:
     """Run as ``python -m twoclocks.exporter``."""
-    job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
+    parent = io.FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: what is read ahead, select() would not see
+    job = msgspec.json.decode(parent.readline(), type=Job)
     exporting = Exporting(job)
     server = None
     if job.socket is not None:
         server = Server(socket.socket(fileno=job.socket), exporting)
         threading.Thread(target=server.serve_forever, daemon=True).start()
     pushing = Pushing(exporting) if job.otlp else None
-    while not (said := _said(TURN_S)):
+    while not (said := _said(parent, TURN_S)):
         exporting.catch_up()
     if said == b"gone":
         return
@@ -170,15 +173,18 @@ def main() -> None:
         pushing.end()
     until = time.monotonic() + job.linger_s
     while server is not None and server.was_scraped and not server.told_the_end and time.monotonic() < until:
-        if _said(0.05):
+        if _said(parent, 0.05):
             return
 
 
-def _said(timeout_s: float) -> bytes:
+def _said(parent: io.FileIO, timeout_s: float) -> bytes:
     """The next line of the parent, empty if there was none in time, `gone` after its end."""
-    readable, _, _ = select.select([sys.stdin.buffer], [], [], timeout_s)
-    return (sys.stdin.buffer.readline().strip() or b"gone") if readable else b""
+    readable, _, _ = select.select([parent], [], [], timeout_s)
+    return (parent.readline().strip() or b"gone") if readable else b""
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, msgspec.MsgspecError, RunFolderError) as error:
+        sys.exit(f"twoclocks: the exporter has ended: {' '.join(str(error).split())}")

@@ -8,6 +8,7 @@ request. Pure but for reading the file.
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def read(path: Path) -> list[Result]:
         raise TwoclocksError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         found = _locust(data) if path.suffix.lower() == ".csv" else _json(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, _Strange) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, csv.Error, _Strange) as error:
         raise TwoclocksError(f"{path}: is no result file that can be read: {error}; expected {READABLE}") from None
     names = [path.name + (f" [{told}]" if told else "") for told, _, _ in found]
     return [Result(name, tool, figures) for name, (_, tool, figures) in zip(names, found, strict=True)]
@@ -174,8 +175,13 @@ def _unit(name: Any) -> float:
 
 
 def _number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
-    return float(value) if is_number else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # JSON's integers have no end
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _text_number(text: str | None) -> float | None:

@@ -21,7 +21,7 @@ import yaml
 
 from twoclocks import metrics
 from twoclocks.arrivals import chunk_columns, floats
-from twoclocks.errors import TwoclocksError
+from twoclocks.errors import RunFolderError, TwoclocksError
 from twoclocks.gauges import ServerGauges
 from twoclocks.growing import Growing
 from twoclocks.live import LAST_S
@@ -71,6 +71,7 @@ class _Meta(msgspec.Struct):
 
     status: str
     window: dict[str, float | None]
+    started_at_unix: float | None = None
     target: dict[str, Any] = {}
     notes: list[str] = []
 
@@ -182,7 +183,9 @@ class LiveRun:
         while True:
             lines = self._requests.read(PART_BYTES)
             # after the lines: the end of the window is written before any line that lies beyond it
-            self.meta = _meta.decode((self.folder / "run.json").read_bytes())
+            before, self.meta = self.meta, _meta.decode((self.folder / "run.json").read_bytes())
+            if before.started_at_unix not in (None, self.meta.started_at_unix):
+                raise RunFolderError("another run stands there now")  # and the next question begins with it
             if lines:
                 self._add(decode_records(lines))
             samples = self._self.read(PART_BYTES)
@@ -375,6 +378,8 @@ class LiveRun:
                 "definition": definition(function),
                 "value": value,
             }
+        if self.meta.status == "running":
+            figures["output_throughput"]["label"] += ", of answers that have ended"
         return figures
 
 

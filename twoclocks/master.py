@@ -18,6 +18,7 @@ from typing import Any
 
 import gevent
 import msgspec
+from gevent.event import Event
 from greenlet import GreenletExit
 from locust.env import Environment
 from locust.runners import STATE_SPAWNING, STATE_STOPPED, MasterRunner
@@ -66,6 +67,7 @@ class MasterSide:
         self.timer: gevent.Greenlet | None = None
         self.watch: gevent.Greenlet | None = None
         self.beginning: gevent.Greenlet | None = None  # who is in begin(), if anyone
+        self.ending: Event | None = None  # while somebody is in end()
         self.progress: gevent.Greenlet | None = None
         self.stepping: gevent.Greenlet | None = None
         self.live: LiveView | None = None  # where somebody looks at a headless run
@@ -137,6 +139,7 @@ class MasterSide:
         self.time_is_up, self.broken, self.refused = False, None, None
         if self.exporter is not None:  # of the run before, which may still await a last scrape
             self.exporter.close()
+            self.exporter = None
         self.model, version = resolve(experiment.target)
         endpoint = make_endpoint(experiment.target, experiment.timeouts)
         prompts = self.prompts = in_window(load_workload(experiment), experiment.load)
@@ -451,10 +454,20 @@ class MasterSide:
             self.beginning.kill()  # a warm-up that goes on would begin a window after the end
 
     def end(self) -> None:
-        """Collect the last lines, close the folder, build the report, set the exit code."""
-        folder = self.folder
-        if folder is None:
+        """End the run. Who comes while another is at it waits: a Ctrl-C in the drain after the time was up."""
+        while self.ending is not None:
+            self.ending.wait()
+        if self.folder is None:
             return
+        self.ending = Event()
+        try:
+            self._end(self.folder)
+        finally:
+            self.ending.set()
+            self.ending = None
+
+    def _end(self, folder: RunFolder) -> None:
+        """Collect the last lines, close the folder, build the report, set the exit code."""
         if isinstance(self.runner, MasterRunner):
             self._await_workers()
         self._hide()
@@ -521,10 +534,12 @@ class MasterSide:
         stop = partial(self.runner.stop, False) if isinstance(self.runner, MasterRunner) else self.runner.stop
         try:
             stop()
+            self.end()  # Locust's stop does nothing where one is under way
         except KeyboardInterrupt:
             sys.stderr.write("twoclocks: cutting the running streams off\n")
             self.environment.stop_timeout = 0
             stop()
+            self.end()
 
     def leave(self) -> None:
         """Let Prometheus see the end, and say where everything is: the last line of a headless run."""

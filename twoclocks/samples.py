@@ -181,7 +181,7 @@ def _throughput(runs: Sequence[Run], metric: str, seconds: float) -> Sample:
             at = run.ok["ended_at"].to_numpy(dtype=np.float64)
             amounts = np.ones(len(at))
         elif slo_limits(run.experiment):
-            at, amounts = run.measured["sent_at"].fillna(run.measured["intended_at"]).to_numpy(), _good(run)
+            at, amounts = run.judged["sent_at"].fillna(run.judged["intended_at"]).to_numpy(), _good(run)
         else:
             return Sample(metric, THROUGHPUTS[metric], "", missing=f"{run.shown_name} has no SLO, and so no goodput")
         found.append(rates(run, at, amounts))
@@ -189,13 +189,19 @@ def _throughput(runs: Sequence[Run], metric: str, seconds: float) -> Sample:
     return _found(Sample(metric, THROUGHPUTS[metric], meaning, found, seconds=seconds))
 
 
-def rates(run: Run, at: Floats, amounts: Floats) -> Floats:
-    """Amounts per second, in equal parts of the measuring window; their mean is that of the whole."""
+def stretches(run: Run) -> int:
+    """Into how many parts a measuring window is cut: BLOCKS at most, none shorter than a request."""
     start, end = run.window
     longest = max(float(run.ok["e2e"].dropna().median()), 1e-3) if run.ok["e2e"].notna().any() else 1e-3
+    return max(1, min(BLOCKS, int((end - start) / longest))) if end > start else 0
+
+
+def rates(run: Run, at: Floats, amounts: Floats, count: int | None = None) -> Floats:
+    """Amounts per second, in equal parts of the measuring window; their mean is that of the whole."""
+    start, end = run.window
     if not end > start:
         return np.empty(0)
-    count = max(1, min(BLOCKS, int((end - start) / longest)))
+    count = count or stretches(run)
     return metrics.binned(at, amounts, (start, end), count) * count / (end - start)
 
 
@@ -210,12 +216,13 @@ def _share(runs: Sequence[Run], metric: str, seconds: float) -> Sample:
         return _found(Sample(metric, "share", meaning, failed, seconds=seconds))
     if any(not slo_limits(run.experiment) for run in runs):
         return Sample(metric, "share", "", missing="a run has no SLO, and so no goodput")
-    meaning = f"share of the measured requests that met the SLO. {definition(metrics.meets_slo)}"
+    meaning = f"share of the requests that an SLO judges that met it. {definition(metrics.meets_slo)}"
     return _found(Sample(metric, "share", meaning, [_good(run) for run in runs], seconds=seconds))
 
 
 def _good(run: Run) -> Floats:
-    limits, rows = slo_limits(run.experiment), run.measured
+    """Of each request that the SLO judges, as in summary.json: those hung up on as drawn are not among them."""
+    limits, rows = slo_limits(run.experiment), run.judged
     ok = (rows["status"] == "ok").to_numpy()
     return metrics.meets_slo(ok, {name: rows[name].to_numpy(dtype=np.float64) for name in limits}, limits).astype(float)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from twoclocks import curves, metrics, report
+from twoclocks import curves, metrics, report, samples
 from twoclocks.calibration import calibration_of, error_bars
 from twoclocks.errors import TwoclocksError
 from twoclocks.expositions import Scrapes
@@ -22,8 +22,6 @@ from twoclocks.run_levels import SWEEP_FILE
 from twoclocks.study import Cell, Study
 from twoclocks.summary import arrived
 
-BLOCKS = 10
-"""Stretches into which the measuring window of a run is cut, so that a throughput of one run has an interval."""
 MOST = {"output_throughput": "tokens_per_s", "request_throughput": "achieved"}
 """Throughput -> the column of a sweep's levels that holds it."""
 
@@ -153,17 +151,15 @@ def _read(folder: Path, arm: Arm, progress: Callable[[str], None]) -> None:
     arm.summaries.append(summary)
 
 
-def blocks(run: Run) -> dict[str, Floats]:
-    """Throughputs of each tenth of the measuring window: output tokens/s, and requests/s that ended ok."""
+def blocks(run: Run, count: int | None = None) -> dict[str, Floats]:
+    """Output tokens/s, and requests/s that ended ok, in ``count`` parts of the window, else as `samples.stretches`."""
     start, end = run.window
     if not end > start:
         return {}
-    edges = np.linspace(start, end, BLOCKS + 1)
-    ended = run.measured["ended_at"].to_numpy()[(run.measured["status"] == "ok").to_numpy()]
-    at, carried = arrived(run)
+    ended = run.ok["ended_at"].to_numpy(dtype=np.float64)
     return {
-        "output_throughput": np.histogram(at, edges, weights=carried)[0] / np.diff(edges),
-        "request_throughput": np.histogram(ended, edges)[0] / np.diff(edges),
+        "output_throughput": samples.rates(run, *arrived(run), count),
+        "request_throughput": samples.rates(run, ended, np.ones(len(ended)), count),
     }
 
 

@@ -16,6 +16,8 @@ from twoclocks import expositions, intervals, metrics
 from twoclocks.clocks import CLOCKS
 from twoclocks.load import Run
 from twoclocks.metrics import Floats, Ints, definition
+from twoclocks.record import LEFT
+from twoclocks.samples import stretches
 from twoclocks.study_arms import MOST, Arm, Pooled, blocks
 from twoclocks.summary import batches_of
 
@@ -109,11 +111,12 @@ def figures(arm: Arm, pool: Pooled) -> dict[str, Figure]:
 
 def _requests(pool: Pooled, repeats: int) -> dict[str, Figure]:
     status, repeat = pool.measured["status"], pool.measured["repeat"]
+    cut = (status == "cancelled") & ~pool.measured["error_kind"].isin(LEFT)
     kinds = {
         "requests": ("requests", "measured requests: sent in the measuring window, warm-up left out", status.notna()),
         "requests.ok": ("requests ok", "measured requests whose stream came to its proper end", status == "ok"),
         "requests.failed": ("failed", "measured requests that failed", ~status.isin(["ok", "cancelled"])),
-        "requests.cancelled": ("cut off at the end", "requests that this tool cut off", status == "cancelled"),
+        "requests.cancelled": ("cut off at the end", "requests that this tool cut off", cut),
     }  # fmt: skip
     return {
         name: Figure(
@@ -178,7 +181,8 @@ def spread(
 
 def _throughputs(runs: Sequence[Run]) -> dict[str, Figure]:
     """Tokens and requests per second of the measuring windows; every run weighs the same."""
-    parts = [of_run for run in runs if (of_run := blocks(run))]
+    counts = [count for run in runs if (count := stretches(run))]
+    parts = [of_run for run in runs if (of_run := blocks(run, min(counts, default=None)))]
     if not parts:
         return {}
     return {
@@ -190,8 +194,16 @@ def _throughputs(runs: Sequence[Run]) -> dict[str, Figure]:
 def rate(label: str, unit: str, meaning: str, parts: list[Floats]) -> Figure:
     """A throughput of runs, of which ``parts`` are the blocks; no interval where most blocks saw nothing."""
     each: list[float | None] = [float(part.mean()) for part in parts]
-    enough = np.mean([part > 0 for part in parts]) > 0.5
-    return Figure(float(np.mean(parts)), unit, label, meaning, None, each, Sample("mean", parts) if enough else None)
+    enough = np.mean(np.concatenate(parts) > 0) > 0.5
+    return Figure(
+        float(np.mean([part.mean() for part in parts])),
+        unit,
+        label,
+        meaning,
+        None,
+        each,
+        Sample("mean", parts) if enough else None,
+    )
 
 
 def _batches(arm: Arm) -> dict[str, Figure]:
@@ -233,7 +245,7 @@ def _goodput(arm: Arm) -> dict[str, Figure]:
         return {}
     seconds = np.array([one["duration"]["value"] for one in told])
     good = np.array([one["goodput"]["value"] for one in told]) * seconds
-    measured = np.array([one["requests"]["value"] for one in told])
+    judged = np.array([one["requests"]["value"] - one["hung_up"]["value"] for one in told])
     share = [one["goodput_share"]["value"] for one in told]
     found = {
         "goodput": Figure(
@@ -241,10 +253,10 @@ def _goodput(arm: Arm) -> dict[str, Figure]:
             by_repeat=[one["goodput"]["value"] for one in told],
         )
     }  # fmt: skip
-    if measured.sum():
+    if judged.sum():
         meaning = told[0]["goodput_share"]["definition"]
         found["goodput_share"] = Figure(
-            float(good.sum() / measured.sum()), "share", "share that met the SLO", meaning, int(measured.sum()), share
+            float(good.sum() / judged.sum()), "share", "share that met the SLO", meaning, int(judged.sum()), share
         )
     return found
 

@@ -25,10 +25,10 @@ from twoclocks.summary import clean
 
 PLOTS = Path("plots")
 INTERVALS = (
-    "In brackets: 95 % intervals, of the requests of all repeats pooled (of a throughput: of tenths of the measuring "
-    "windows; in batches: of whole batches). With three repeats or more, what the repeats scatter is in them; with "
-    "fewer, they tell how far chance among these requests reaches, and nothing of another run. No brackets: too few "
-    "values, or a figure that a run has only once."
+    "In brackets: 95 % intervals, of the requests of all repeats pooled (of a throughput: of parts of the measuring "
+    "windows, none shorter than a request; in batches: of whole batches). With three repeats or more, what the repeats "
+    "scatter is in them; with fewer, they tell how far chance among these requests reaches, and nothing of another "
+    "run. No brackets: too few values, or a figure that a run has only once."
 )
 CLOCKS_WORDS = (
     "Of the same requests, one by one, where the server tells of single requests; else its /metrics tell a mean over "

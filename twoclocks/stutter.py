@@ -5,6 +5,8 @@ Seconds. Of the measured requests that ended ok and got a token.
 
 from typing import Any
 
+import numpy as np
+
 from twoclocks import metrics
 from twoclocks.load import Run
 from twoclocks.metrics import Floats, definition, distribution
@@ -51,9 +53,14 @@ def stutter(run: Run) -> dict[str, Any] | None:
 def _tokens_per_word(run: Run) -> tuple[float, str]:
     """How many tokens a word of the answers has, and how that is known."""
     kept = run.ok[run.ok["output_text"].notna() & (run.ok["output_tokens"] > 0)]
+    # the text that is kept has no reasoning and no tool calls, whose tokens the server counts too
+    plain = [not any(kind in ("reasoning", "tool") for kind, _ in kinds) for kinds in kept["chunk_kinds"]]
+    kept = kept[np.array(plain, dtype=bool)]
     words = sum(len(str(text).split()) for text in kept["output_text"])
     if not words:
-        return TOKENS_PER_WORD, "assumed: 4 tokens for 3 words, as of English; no answers were kept (output_text: true)"
+        return TOKENS_PER_WORD, (
+            "assumed: 4 tokens for 3 words, as of English; no answers of text alone were kept (output_text: true)"
+        )
     found = float(kept["output_tokens"].sum()) / words
     if found > MOST_TOKENS_PER_WORD:
         return TOKENS_PER_WORD, (

@@ -74,9 +74,11 @@ def _concurrency(run: Run) -> list[Line]:
     rows = run.requests[run.requests["sent_at"].notna()]
     lines = []
     if len(rows):
-        by_user = rows[rows["phase"] != "warmup"].groupby(["worker", "user"])
-        users = open_spans(by_user["intended_at"].min().to_numpy(), by_user["ended_at"].max().to_numpy())
-        lines.append(Line("users active", "users", "area", *users))
+        measured = rows[rows["phase"] != "warmup"]
+        if len(measured):  # a run may end in its warm-up
+            by_user = measured.groupby(["worker", "user"])
+            users = open_spans(by_user["intended_at"].min().to_numpy(), by_user["ended_at"].max().to_numpy())
+            lines.append(Line("users active", "users", "area", *users))
         edges = bins(run)
         times, flying = open_spans(rows["sent_at"].to_numpy(), rows["ended_at"].to_numpy())
         integral = np.interp(edges, times, np.concatenate([[0.0], np.cumsum(flying[:-1] * np.diff(times))]))
@@ -100,7 +102,10 @@ def _throughput(run: Run) -> list[Line]:
     for scrapes in run.scrapes:
         columns = [i for i, (name, _) in enumerate(scrapes.series) if name in COUNTERS["generation_tokens"]]
         if columns and len(scrapes.at) > 1:
-            rate = np.diff(np.nansum(scrapes.values[:, columns], axis=1)) / np.diff(scrapes.at)
+            counts = np.nan_to_num(scrapes.values[:, columns])
+            rises = np.diff(counts, axis=0)
+            rises = np.where(rises < 0, counts[1:], rises)  # after a restart a counter begins at 0
+            rate = rises.sum(axis=1) / np.diff(scrapes.at)
             label = "server, /metrics (rise of a counter)"
             lines.append(Line(label, "server", "steps", scrapes.at, rate, named=not counted))
             counted = True

@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -102,7 +103,10 @@ def add_tab(web_ui: Any, base_path: str | None, shown: Callable[[], Shown]) -> N
         if folder is None:
             abort(404)
         path = folder / "requests.jsonl"
-        size = whole_lines(path)
+        try:
+            size = whole_lines(path)
+        except OSError:  # put away, or deleted
+            abort(404)
         response = Response(blocks(path, size), mimetype="application/jsonl")
         response.content_length = size
         response.headers["Content-Disposition"] = f'attachment; filename="{folder.name}-requests.jsonl"'
@@ -148,6 +152,9 @@ def blocks(path: Path, size: int) -> Iterator[bytes]:
         while size and (block := file.read(min(size, BLOCK_BYTES))):
             size -= len(block)
             yield block
+            time.sleep(
+                0.001
+            )  # gevent's: else a fast client keeps the loop that sends the load from turning for tens of ms
 
 
 def _json(text: bytes) -> Response:

@@ -90,6 +90,8 @@ class WorkerSide:
             sent = msgspec.msgpack.encode(sender.sent)
             data = {"run": self.run, "lines": self.count, "unsent": sender.unsent(), "sent": sent}
             self.runner.send_message("twoclocks_done", data)
+            # All users have ended: after its stop message Locust would be deaf, and unknown to the master, for so long.
+            self.runner.environment.stop_timeout = 0
 
     def flush(self) -> None:
         """Send the lines that have come since the last time."""
