@@ -192,6 +192,27 @@ def test_ctrl_c_once_drains_and_twice_cuts_off(tmp_path):
     assert json.loads(next(tmp_path.glob("*/run.json")).read_text())["status"] == "interrupted"
 
 
+def test_ctrl_c_in_the_drain_that_follows_the_end_of_the_time_ends_the_run_once(tmp_path):
+    settings = words(tmp_path, "load.duration_s=1", "load.ramp_s=0", "warmup.requests=0", "load.drain_s=50")
+    command = [sys.executable, "-m", "twoclocks", "run", "--users", "2", "--no-report", *settings]
+    with FakeServer(lambda body: plain_answer(50, gap_s=0.1)) as server:
+        with subprocess.Popen([*command, "--url", server.url], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                wait_for(lambda: list(tmp_path.glob("*/run.json")))
+                wait_for(lambda: json.loads(next(tmp_path.glob("*/run.json")).read_text())["window"]["ended_at"])
+                process.send_signal(signal.SIGINT)
+                _, errors = process.communicate(timeout=60)
+            finally:
+                process.kill()
+    meta = json.loads(next(tmp_path.glob("*/run.json")).read_text())
+
+    assert "Traceback" not in errors
+    assert meta["status"] in ("finished", "interrupted")
+    assert (meta["in_flight"], meta["lost_records"]) == (0, 0)
+    assert not any("ended early" in note for note in meta["notes"])
+    assert process.returncode in (0, 1, 130)
+
+
 def test_a_planted_limit_is_found(tmp_path, capfd):
     """Four slots of 40 ms are 100 requests/s. What 3 s let pile up under 100 ms of TTFT is 2 to 3 % more."""
     settings = words(
