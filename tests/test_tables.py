@@ -42,7 +42,6 @@ def test_csv_of_chunks_holds_every_arrival(run, tmp_path):
 
 
 def test_parquet_comes_back_the_same(run, tmp_path):
-    pytest.importorskip("pyarrow")
     for table in tables.TABLES:
         told(run, "--format", "parquet", "--table", table, "--out", tmp_path / table)
     loaded = twoclocks.load_run(run)
