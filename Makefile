@@ -23,8 +23,9 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py twoclocks/_native.c
 	  || { echo "the tester could not be installed (see above); is there a network and 1 GB of disk?"; exit 2; }
 	@touch $@
 
+# In two processes: most of the time goes into waiting for servers and browsers.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
