@@ -12,7 +12,7 @@ hypothesis.settings.load_profile("patient")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes (-n 2 --dist loadgroup) a file stays in one, and one has all that share the real servers."""
+    """With several processes (-n 2 --dist loadgroup) a file stays in one, and one has all that use the real servers."""
     for item in items:
         real = item.get_closest_marker("real")
         item.add_marker(pytest.mark.xdist_group("real servers" if real else item.nodeid.partition("::")[0]))

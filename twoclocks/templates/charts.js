@@ -44,12 +44,14 @@ const BUILD = {
       const sign = half.side === "client" ? 1 : -1, colour = colourOf(look, half.run, half.side);
       const name = who(half.run, half.side), dashed = several && sign < 0;
       const dots = half.points.map((ms, i) => [ms, sign * (0.15 + 0.5 * ((i * 0.618) % 1))]);
-      // marks go outwards from the middle; the rarer, the shorter, so that their texts stand below each other
+      // marks go outwards from the middle; the rarer, the shorter, so that their texts stand below each other, and right of
+      // their line, so that the taller one of a smaller value does not run through them
       const marks = Object.entries(half.marks).filter(([key, ms]) => (key === "p50" || !several) && ms >= one.low && ms <= one.high)
         .map(([key, ms]) => {
           const reach = several ? 1.08 + 0.16 * half.run : { p50: 1.08, p95: 0.66, p99: 0.36 }[key];
           return [{ coord: [ms, 0], lineStyle: { width: key === "p50" ? 2 : 1, type: "solid", color: key === "p50" ? look.ink : colour },
-            label: { show: true, position: "end", distance: 2, color: look.ink, fontSize: 11, fontWeight: key === "p50" ? "bold" : "normal",
+            label: { show: true, position: "end", distance: key === "p50" ? 2 : [-12, 3], align: key === "p50" ? "center" : "left",
+              color: look.ink, fontSize: 11, fontWeight: key === "p50" ? "bold" : "normal",
               formatter: (key === "p50" ? "" : key + " ") + number(ms, "") } }, { coord: [ms, sign * reach] }];
         });
       series.push({ name, type: dots.length ? "scatter" : "line", data: dots.length ? dots : half.outline.map(([ms, width]) => [ms, sign * width]),
@@ -63,7 +65,7 @@ const BUILD = {
     const beyond = one.halves.filter((half) => half.beyond).map((half) => `${who(half.run, half.side)}: ${half.beyond} beyond, up to ${number(half.worst)}`);
     const notes = one.silent.concat(beyond);
     return { height: 250, legend, notes, option: base(look, {
-      grid: { left: 28, right: 28, top: 12, bottom: 44 }, tooltip: { show: false },
+      grid: { left: 28, right: several ? 28 : 72, top: 12, bottom: 44 }, tooltip: { show: false },
       xAxis: msAxis(look, one.log, one.low, one.high, one.log ? "ms, logarithmic" : one.low > 0 ? "ms, not from 0" : "ms"),
       yAxis: { type: "value", min: -reach, max: reach, show: false }, series }) };
   },
