@@ -1,12 +1,14 @@
-"""The command ``twoclocks``: run, report, compare, calibrate. Heavy libraries load only when a command needs them."""
+"""The command ``twoclocks``: run, report, compare, doctor, ... Heavy libraries load only when a command needs them."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from twoclocks import __version__
 from twoclocks.errors import TwoclocksError
+from twoclocks.experiment import Server
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,6 +107,14 @@ def _export(options: argparse.Namespace) -> int:
     _progress(f"reading {options.run}")
     print(f"{options.format}: {tables.export(options.run, options.format, options.table, options.out)}")
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from twoclocks import doctor
+
+    told = doctor.doctor(options)
+    print(told.as_json() if options.json else told.as_text())
+    return told.exit_code
 
 
 def _show(renderable: object) -> None:
@@ -274,6 +284,24 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--out", metavar="FILE", type=Path, help="where to store it (default: the user's cache)")
     calibrate.add_argument("--into", metavar="RUN", type=Path, help="also add it to this run's folder")
     calibrate.set_defaults(command=_calibrate)
+    doctor = commands.add_parser(
+        "doctor",
+        parents=[common],
+        help="what of this machine, and of a server, a run would stumble over, and what to do about it",
+        description="Look at this machine for two seconds: Python and packages, the kernel's receive stamps, file "
+        "limit, cores, clock, other work, ports, disk, GPU, engines. With --url or an experiment also ask its server "
+        "one short question: which of its clocks it shows, and which flags make it show more. Nothing is changed.",
+        epilog="Example: twoclocks doctor --url http://127.0.0.1:8000 --server vllm. Exit code: 0; 1: there is a "
+        "problem; 2: bad usage or experiment; 3: the server is not reachable.",
+    )
+    doctor.add_argument(
+        "experiment", metavar="EXPERIMENT", nargs="?", type=Path, help="look at what this one needs, its server too"
+    )
+    doctor.add_argument("--url", help="of a server, in place of target.url")
+    doctor.add_argument("--server", choices=get_args(Server), help="its kind, in place of target.server")
+    doctor.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one of its keys")
+    doctor.add_argument("--json", action="store_true", help="facts and findings as JSON")
+    doctor.set_defaults(command=_doctor)
     return parser
 
 
