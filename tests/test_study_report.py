@@ -335,6 +335,20 @@ def test_choices_that_share_a_prompt_against_requests_that_do_not(tmp_path):
     assert (tmp_path / "plots" / "kv_sharing.png").exists()
 
 
+def test_choices_that_seem_to_use_less_than_one_alone_have_saved_nothing_that_was_seen(tmp_path):
+    """The invented server's gauge stands higher for the one alone than for its four choices."""
+    cells = [cell(1, "A", "alone"), cell(2, "A", "n4"), cell(3, "A", "separate4")]
+    for one, users, asked, n in zip(cells, (2, 1, 6), (1, 1, 4), (1, 4, 1), strict=True):
+        load = {"shape": "ramp", "users": asked}
+        make_cell(tmp_path / one.folder, requests=20, users=users, load=load, extra_body={"n": n})
+    built = study_report.build(make_study(tmp_path, cells))
+
+    rows = {row["variant"]: row for row in built.summary["sharing"]}
+    assert rows["n4"]["used"] < rows["alone"]["used"] < rows["separate4"]["used"]
+    assert rows["n4"]["share_saved"] is None
+    assert [name for name, row in rows.items() if row["missed"]] == ["n4"]
+
+
 def test_hostile_names_steer_neither_page_nor_markdown_nor_plots(tmp_path):
     name = "a<script>|$x_y$\x1b[31m`*"
     cells = [cell(1, name, folder="01"), cell(2, "B", folder="02")]

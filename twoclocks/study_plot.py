@@ -105,7 +105,11 @@ def memory_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def sharing_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """KV cache used at its peak over sequences at once; dotted: what one sequence uses, times as many."""
+    """KV cache used at its peak over sequences at once; dotted: what one sequence uses, times as many.
+
+    Of what the gauge was seen to miss (`study_series.sharing`) no point is drawn.
+    """
+    rows = [row for row in rows if not row["missed"]]
     figure, (axes,) = _canvas("KV cache used at its peak", 1)
     factor = {"bytes": 1 / 2.0**20, "share": 100.0}.get(rows[0]["unit"], 1.0)
     targets = list(dict.fromkeys(row["target"] for row in rows))

@@ -1,5 +1,6 @@
 """Study series: what the plots of a study show, as rows: cells in time, curves over load, memory over n. Pure."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,7 +92,9 @@ def sharing(arms: Sequence[Arm], figures: Sequence[Figures]) -> list[dict[str, A
     """KV cache used at its peak over the number of sequences at once: by requests of n choices, and by n requests.
 
     ``share_saved``: 1 - used by n choices of one request / used by n separate requests; None where one of both was not
-    measured. Only where the study has requests of several choices.
+    measured, or where the n were seen to use less than one alone (``missed``): the gauge has missed most of them, as
+    it does of a beam search, whose every step is a request that may have ended when the gauge is set.
+    Only where the study has requests of several choices.
     """
     rows: list[dict[str, Any]] = []
     for arm, of in zip(arms, figures, strict=True):
@@ -108,14 +111,19 @@ def sharing(arms: Sequence[Arm], figures: Sequence[Figures]) -> list[dict[str, A
         )  # fmt: skip
     if not any(row["choices"] > 1 for row in rows):
         return []
+
+    def by_requests(row: dict[str, Any], number: int) -> float:
+        """What so many requests of one choice used on the same target; nan where none were measured."""
+        wanted = (row["target"], row["unit"], 1, number)
+        keys = ("target", "unit", "choices", "sequences")
+        used = [other["used"] for other in rows if tuple(other[key] for key in keys) == wanted]
+        return float(np.mean(used)) if used else math.nan
+
     for row in rows:
-        separate = [
-            other["used"] for other in rows
-            if (other["target"], other["sequences"], other["choices"], other["unit"])
-            == (row["target"], row["sequences"], 1, row["unit"])
-        ]  # fmt: skip
-        if row["choices"] > 1 and separate and np.mean(separate) > 0:
-            row["share_saved"] = 1 - row["used"] / float(np.mean(separate))
+        separate, alone = by_requests(row, row["sequences"]), by_requests(row, 1)
+        row["missed"] = row["choices"] > 1 and row["used"] < alone
+        if row["choices"] > 1 and separate > 0 and not row["missed"]:
+            row["share_saved"] = 1 - row["used"] / separate
     targets = list(dict.fromkeys(row["target"] for row in rows))
     return sorted(rows, key=lambda row: (targets.index(row["target"]), row["choices"] > 1, row["sequences"]))
 

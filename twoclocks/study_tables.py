@@ -311,7 +311,12 @@ def sharing_table(summary: dict[str, Any]) -> Table | None:
     ]  # fmt: skip
     used = with_unit("KV cache used, peak", rows[0]["unit"])
     headings = ["", "choices a request", "requests at once", used, "saved against as many requests"]
-    meanings = {"KV cache used, peak": rows[0]["definition"]}
+    meanings = {
+        "KV cache used, peak": rows[0]["definition"],
+        "saved against as many requests": "1 - used by n choices of one request / used by n requests; not told where n "
+        "choices were seen to use less than one alone: the gauge has missed most of them (a beam search is many short "
+        "requests to the server)",
+    }
     return Table("KV cache shared by the choices of a request", headings, cells, definitions=meanings)
 
 
