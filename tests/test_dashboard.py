@@ -54,7 +54,7 @@ def scrape_config(client: int, server: int) -> dict:
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s"}
     for job in config["scrape_configs"]:
-        port = {"twoclocks": client, "vllm": server}[job["job_name"]]
+        port = {"twoclocks": client, "server": server}[job["job_name"]]
         job["static_configs"] = [{"targets": [f"127.0.0.1:{port}"]}]
     return config
 

@@ -32,7 +32,8 @@ Device = Literal["cpu", "cuda"]
 Progress = Callable[[str], None]
 _First = tuple[str, dict[str, Any]]
 
-STATIC_SERVER = Path(__file__).parent / "engines" / "static_server.py"
+ENGINES = Path(__file__).parent / "engines"
+STATIC_SERVER = ENGINES / "static_server.py"
 USUAL_START = {"vllm": "25-45 s", "transformers": "7-20 s", "pytorch": "5-15 s"}  # on a CPU
 POLL_S = 0.5
 PROGRESS_S = 5.0
@@ -46,15 +47,6 @@ _VLLM_ENVIRONMENT = {
     "OTEL_SERVICE_NAME": "vllm",
     "OTEL_BSP_SCHEDULE_DELAY": "1000",  # ms; spans come in batches of 5 s otherwise, after the end of a short run
 }
-
-# The command `transformers`, which with continuous batching then logs the queue time and the end of each request: its
-# only timing, a debug message on a logger that --log-level does not reach in 5.23.
-_TRANSFORMERS = """\
-import logging
-from transformers.cli.transformers import main
-logging.getLogger("ContinuousBatchingLogger").setLevel(logging.DEBUG)
-main()
-"""
 
 _TELLING = re.compile(r"\b\w*(Error|Exception)\b ?:|^error: |\bCRITICAL\b|Killed", re.MULTILINE)
 
@@ -112,7 +104,7 @@ def server_command(
         ours = [str(STATIC_SERVER), "--model", str(model), "--port", str(port), "--device", device]
         ours += ["--served-model-name", served_model_name] if served_model_name else []
     else:
-        ours = ["-c", _TRANSFORMERS, "serve", str(model)]
+        ours = [str(ENGINES / "transformers_serve.py"), "serve", str(model)]
         ours += ["--host", "127.0.0.1", "--port", str(port), "--device", device]
         ours += ["--dtype", "float32"] if device == "cpu" else []
         if "--no-continuous-batching" not in flags:
