@@ -35,6 +35,7 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/python scripts/reference.py
 
 # The instrument against a known schedule and a bare C reader: minutes, on a quiet machine. ARGS="--quick" is shorter.
 bench: $(INSTALLED)

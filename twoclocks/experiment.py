@@ -32,8 +32,8 @@ DEMO = "requests/demo.jsonl"
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One thing on the way from the client to the engine, such as a gateway, and where it tells of itself."""
 
-    name: str
-    metrics_url: str | list[str] = "none"
+    name: str  # how reports call it
+    metrics_url: str | list[str] = "none"  # its own /metrics; a list: one a replica
     histogram: str | None = None  # in that page: seconds from its receipt of a request to the first byte or token
     service: str | None = None  # service.name of its OTLP spans
 
@@ -56,13 +56,13 @@ class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    url: str = "http://127.0.0.1:8000"
+    url: str = "http://127.0.0.1:8000"  # of the server, with or without /v1
     name: str | None = None  # how reports call it; the server's kind if not given
     server: Server = "vllm"  # picks the dialect, the collectors and the join
-    api: Api = "chat"
+    api: Api = "chat"  # which path is asked: chat and text completions as OpenAI has them, TGI's own, or none
     model: str = "auto"  # auto: the first of /v1/models
     api_key_env: str = "OPENAI_API_KEY"  # the variable's name; the key itself never enters a file
-    headers: dict[str, str] = {}
+    headers: dict[str, str] = {}  # on every request; masked wherever settings are written down
     extra_body: dict[str, Any] = {}  # merged into every request
     stream: bool = True  # False: whole answers, whose first token nobody sees; TGI tells its own timings only then
     tls_verify: bool | str = True  # True, False, or the path of a CA bundle
@@ -75,23 +75,23 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 class MixPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One request file of a mix."""
 
-    requests: str
+    requests: str  # a request file
     weight: Positive = 1  # its share of all requests is weight / sum of the weights
     max_tokens: Count | None = None  # for its requests that bring none; workload.max_tokens if not given
     name: str | None = None  # stands before the ids of its prompts; the file's name without its ending if not given
 
 
 class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    requests: str = DEMO
+    requests: str = DEMO  # a request file: JSON Lines, see requests/README.md
     mix: list[MixPart] = []  # several request files in place of one
     salt: Literal["none", "run", "request"] = "none"  # a line before each prompt, so that no cache knows it from before
-    order: Literal["in-order", "shuffled", "random"] = "shuffled"
-    seed: int = 1
+    order: Literal["in-order", "shuffled", "random"] = "shuffled"  # shuffled: all before any again
+    seed: int = 1  # of the order, the mix, think times and hang-ups: same seed, same requests
     sessions: Literal["none", "recorded", "own"] = "none"  # turns of a session as a conversation; whose answers
     think_s: NotNegative = 0  # from the end of a turn until the next one is due
     think: Literal["constant", "exponential"] = "constant"  # exponential: think_s is the mean
     max_tokens: Count = 128  # for requests that bring none
-    ignore_eos: bool = False
+    ignore_eos: bool = False  # answers always as long as max_tokens; vLLM, SGLang and llama.cpp know it
     # users who leave: the connection is closed, so that the server can stop, and no failure is counted
     cancel_share: Annotated[float, Meta(ge=0, le=1)] = 0  # of the requests are hung up, drawn by seed
     cancel_after_s: Positive | list[NotNegative] = 1  # after the send; [low, high]: drawn between them
@@ -102,16 +102,16 @@ class LevelRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Levels of a sweep by their ends and number, both ends among them."""
 
     first: Positive  # `from` in the file, which Python keeps for itself
-    to: Positive
-    count: Annotated[int, Meta(ge=2, le=1000)]
-    scale: Literal["linear", "log"] = "linear"
+    to: Positive  # the last level
+    count: Annotated[int, Meta(ge=2, le=1000)]  # levels in all
+    scale: Literal["linear", "log"] = "linear"  # equal steps, or equal ratios
 
 
 class Sweep(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One run after the other, each at a level of its own and for load.duration_s."""
 
     over: Literal["users", "rate"] = "users"  # of a ramp (users) or of an open loop (requests/s)
-    levels: list[Positive] | LevelRange = []
+    levels: list[Positive] | LevelRange = []  # such as [1, 2, 4, 8], or from, to and count
     pause_s: NotNegative = 5  # from the end of one level to the start of the next
     reset: str = "none"  # path that the server is sent a POST to before each level, such as /reset_prefix_cache (vLLM)
 
@@ -119,17 +119,17 @@ class Sweep(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The highest level that meets the SLO; a probe lasts load.duration_s."""
 
-    over: Literal["users", "rate"] = "rate"
+    over: Literal["users", "rate"] = "rate"  # as in sweep
     low: Positive = 1  # the first probe; the next ones double until one fails
     high: Positive | NoneWord = "none"  # no probe goes above it
     probes: Count = 12  # at most so many runs
     tolerance: Annotated[float, Meta(gt=0, le=1)] = 0.05  # lowest that failed / highest that passed - 1, at the end
-    pause_s: NotNegative = 5
+    pause_s: NotNegative = 5  # from the end of one probe to the start of the next
     reset: str = "none"  # as in sweep
 
 
 class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    shape: Literal["ramp", "steps", "rate", "trace", "batch", "sweep", "search"] = "ramp"
+    shape: Literal["ramp", "steps", "rate", "trace", "batch", "sweep", "search"] = "ramp"  # see docs/load.md
     users: Count = 8  # closed loop: each user sends its next request when the last one has ended
     ramp_s: NotNegative = 0  # all users are there after this time
     duration_s: Positive = 60  # ramp included, drain not
@@ -138,7 +138,7 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     steps: list[tuple[Count, Positive]] = []  # shape steps: [users, seconds] of each level, in place of duration_s
     # open loop (rate, trace, batch): requests leave when they are due, whether or not earlier ones have come back
     rate: NotNegative | list[tuple[NotNegative, NotNegative]] = 1  # requests/s, or [second, requests/s] points
-    arrivals: Literal["constant", "poisson", "gamma"] = "poisson"
+    arrivals: Literal["constant", "poisson", "gamma"] = "poisson"  # of shape rate: how they are spaced
     burstiness: Positive = 1  # shape of the gamma: 1 is Poisson, less comes in bursts, more is steadier
     seed: int = 1  # of the arrivals
     max_in_flight: Count = 10_000  # what is due beyond them is not sent, and counted
@@ -148,8 +148,8 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     batches: Count | NoneWord = "none"  # so often
     batch_pause_s: NotNegative = 0  # from the end of the last of one to the next
     # several runs, by `twoclocks run`
-    sweep: Sweep = Sweep()
-    search: Search = Search()
+    sweep: Sweep = Sweep()  # of shape sweep
+    search: Search = Search()  # of shape search
 
 
 class Warmup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -160,20 +160,20 @@ class Warmup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    connect_s: Positive = 10
-    first_token_s: Positive = 120
+    connect_s: Positive = 10  # until the connection stands, TLS included
+    first_token_s: Positive = 120  # from the send to the first token
     idle_s: Positive = 30  # silence between two reads of a stream
-    total_s: Positive = 600
+    total_s: Positive = 600  # from the send to the end
 
 
 class Collect(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    metrics_url: str | list[str] = "auto"  # auto | none | a list of URLs, one a replica
-    metrics_interval_s: Positive = 1
+    metrics_url: str | list[str] = "auto"  # auto: URL/metrics; none; or a list of URLs, one a replica
+    metrics_interval_s: Positive = 1  # from one scrape to the next
     otlp_port: Port | NoneWord = 4318  # OTLP over HTTP; none: no receiver
     otlp_grpc_port: Port | NoneWord = 4317  # OTLP over gRPC
     otlp_host: str = "127.0.0.1"  # where the receiver listens
     otlp_tail_s: NotNegative = 8  # how long the end of a run waits for spans: exporters send a batch every 5 s
-    log: str = "none"  # none | file:PATH | command:ARGV
+    log: str = "none"  # the server's log: none, file:PATH or command:ARGV, which is never given to a shell
     gpu: str | list[str] = "auto"  # auto (NVML, on this machine) | none | the addresses of DCGM exporters
     process: Count | NoneWord = "none"  # id of the server's process on this machine: the memory of it and its children
 
@@ -187,60 +187,60 @@ class Export(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    ttft_ms: Positive | NoneWord = "none"
-    tpot_ms: Positive | NoneWord = "none"
-    e2e_ms: Positive | NoneWord = "none"
+    ttft_ms: Positive | NoneWord = "none"  # a request is good if its TTFT is within
+    tpot_ms: Positive | NoneWord = "none"  # and its TPOT
+    e2e_ms: Positive | NoneWord = "none"  # and its E2E
     share: Annotated[float, Meta(gt=0, le=1)] = 0.99  # of the measured requests must meet all; else exit code 1
 
 
 class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One way in which a study sends its load: dotted keys and their values, as --set has them."""
 
-    name: str
-    set: dict[str, Any] = {}
+    name: str  # how reports call it
+    set: dict[str, Any] = {}  # such as load.users: 2
 
 
 class Where(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The runs of a study that a figure is of."""
 
-    target: str
+    target: str  # its name
     variant: str = ""  # if the study has variants
 
 
 class Claim(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What somebody published, to stand beside what is measured."""
 
-    says: str
+    says: str  # the claim, in words
     figure: str  # as the study's report names it, such as output_throughput, ttft.p50, memory.kv_used_peak
-    of: Where
+    of: Where  # the runs that it is of
     over: Where | None = None  # then the claim is on the ratio of / over
-    published: float
-    unit: str = ""
-    source: str = ""
+    published: float  # the figure that was published
+    unit: str = ""  # of that figure; x: a ratio
+    source: str = ""  # who published it
     conditions: str = ""  # machine, model, load
 
 
 class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    name: str = "default"
+    name: str = "default"  # stands in the name of the run folder
     target: Target = Target()  # of a study: what its targets have in common
     # a study: the same load on several targets, or in several ways, or several times, by `twoclocks run`
     targets: list[dict[str, Any]] = []  # each a name and the keys of target in which it differs
-    variants: list[Variant] = []
-    repeats: Count = 1
+    variants: list[Variant] = []  # ways in which the load is sent, a run each
+    repeats: Count = 1  # so often each target and variant
     order: Literal["in-turn", "abba"] = "in-turn"  # abba: each repeat goes through the targets the other way round
     keep_started: bool = True  # in order abba: servers that were started stay until the end, all at the same time
     missing: Literal["stop", "skip"] = "stop"  # when a target cannot be had
-    claims: list[Claim] = []
-    workload: Workload = Workload()
-    load: Load = Load()
-    warmup: Warmup = Warmup()
-    timeouts: Timeouts = Timeouts()
-    collect: Collect = Collect()
-    export: Export = Export()
-    slo: Slo = Slo()
+    claims: list[Claim] = []  # published figures that stand beside the measured ones
+    workload: Workload = Workload()  # what is sent
+    load: Load = Load()  # how much, and when
+    warmup: Warmup = Warmup()  # before the clock starts; kept, and in no figure
+    timeouts: Timeouts = Timeouts()  # when a request is given up
+    collect: Collect = Collect()  # what is read of the server meanwhile
+    export: Export = Export()  # the run's own figures, for others to read
+    slo: Slo = Slo()  # what a good request is
     labels: dict[str, str] = {}  # free text on runs
     output_text: bool = False  # keep the answers in requests.jsonl
-    output: str = "output"
+    output: str = "output"  # the folder of all run folders
 
 
 def load_experiment(

@@ -36,37 +36,37 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What happened to one request. Seconds on the run's clock unless the name says otherwise; None where unknown."""
 
     request_id: str  # 32 hex digits, sent as X-Request-Id and used as the trace id; unique per attempt
-    target: str
-    prompt_id: str
-    session: str | None = None
-    turn: int | None = None
-    user: int
-    worker: int
-    phase: Phase
-    intended_at: float
+    target: str  # the target's name, else its kind
+    prompt_id: str  # of the request file; with a mix NAME/ID
+    session: str | None = None  # which conversation, another one each time that it is played
+    turn: int | None = None  # which of its turns, from 0
+    user: int  # which of the worker's users sent it
+    worker: int  # which process sent it; 0 without workers
+    phase: Phase  # by when it was sent; drain: after the measuring window
+    intended_at: float  # when it was due; in a closed loop, when its user was ready
     connect_started_at: float | None = None  # None on a reused connection
-    connected_at: float | None = None
+    connected_at: float | None = None  # TLS handshake included
     sent_at: float | None = None  # just before the first byte was written; None if that point was never reached
     written_at: float | None = None  # the last byte was handed to the kernel
-    first_byte_at: float | None = None
-    ended_at: float
+    first_byte_at: float | None = None  # of the answer, its head included
+    ended_at: float  # the answer was whole, or given up
     chunk_us: list[int] = []  # first chunk's offset from sent_at, then the gap to each next one; microseconds
     chunk_tokens: list[int | None] | None = None  # None: every token chunk carries one, every other chunk none
     chunk_kinds: list[tuple[Kind, int]] = []  # run lengths
     chunk_choice: list[tuple[int, int]] | None = None  # run lengths of the choice index; None with one choice
-    timestamp_source: Literal["kernel", "user"] = "user"
+    timestamp_source: Literal["kernel", "user"] = "user"  # kernel: it stamped every read of this answer
     reads_merged: int = 0  # reads that carried several token chunks, whose own times are therefore lost
     max_tokens: int | None = None  # what the request allowed
     expected_output_tokens: int | None = None  # what the request file said of the answer
-    prompt_tokens: int | None = None
-    output_tokens: int | None = None
-    cached_tokens: int | None = None
-    token_source: TokenSource | None = None
-    finish_reason: str | None = None
-    http_status: int | None = None
-    status: Status
+    prompt_tokens: int | None = None  # by the server's count
+    output_tokens: int | None = None  # by token_source
+    cached_tokens: int | None = None  # prompt tokens that the server says it had in its prefix cache
+    token_source: TokenSource | None = None  # where output_tokens is from; chunks: a chunk was taken for a token
+    finish_reason: str | None = None  # as the server told it, of the first choice
+    http_status: int | None = None  # None if no head came
+    status: Status  # truncated: the stream ended without its end; cancelled: by us, or by its user
     error_kind: str | None = None  # set whenever status is not ok
-    error_message: str | None = None
+    error_message: str | None = None  # what the server or the system said, keys masked
     output_text: str | None = None  # only when asked for
     server: dict[str, Any] | None = None  # the in-band timings, verbatim
 

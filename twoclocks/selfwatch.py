@@ -19,15 +19,15 @@ class SelfSample(msgspec.Struct, frozen=True):
     """What one process of the load generator did in one second."""
 
     at: float  # seconds on the run's clock, at the end of the second
-    worker: int
-    pid: int
+    worker: int  # which process; 0 without workers
+    pid: int  # its id in the operating system
     reader: str  # native or python: what this process reads with
     loop_lag_s: list[float]  # how late each tick was
     cpu_s: float  # CPU time of the process, all threads
     loop_cpu_s: float  # CPU time of the event loop's thread; the rest is the native reader's
-    wall_s: float
+    wall_s: float  # length of this second
     rss_mb: float  # the largest so far
-    open_file_limit: int
+    open_file_limit: int  # open files that it may have
     users: int  # Locust's, of this process; in an open loop one of them sends all that is due
     in_flight: int  # requests under way
     not_sent: int  # so far: were due while load.max_in_flight others were under way

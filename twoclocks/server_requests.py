@@ -16,8 +16,8 @@ from twoclocks.errors import RunFolderError
 class ServerRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one span or log line told of one request. Durations in seconds; None where it does not say."""
 
-    source: str  # otlp | log
-    server: str  # whose words these are: vllm | tgi | sglang | transformers, or the name of a stage
+    source: str  # otlp or log
+    server: str  # whose words these are: vllm, tgi, sglang, transformers, or the name of a stage
     at: float | None = None  # when it came to us, seconds on the run's clock
     request_id: str | None = None  # ours, without what the server put around it
     trace_id: str | None = None  # 32 hex digits
@@ -30,10 +30,10 @@ class ServerRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     inference: float | None = None  # prefill + decode where a server tells them only together
     time_per_token: float | None = None
     e2e: float | None = None
-    prompt_tokens: int | None = None
-    output_tokens: int | None = None
-    cached_tokens: int | None = None
-    finish_reason: str | None = None
+    prompt_tokens: int | None = None  # by the server's count
+    output_tokens: int | None = None  # by the server's count
+    cached_tokens: int | None = None  # prompt tokens that it had in its prefix cache
+    finish_reason: str | None = None  # in the server's words
     told: dict[str, Any] = {}  # the rest, verbatim
 
 

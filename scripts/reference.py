@@ -1,0 +1,547 @@
+"""Writes docs/reference from the code: what each key, option, column, figure, reason and error is, told once.
+
+    python scripts/reference.py            write the pages
+    python scripts/reference.py --check    say which of them are not as the code is; exit code 1 if any
+
+Meanings are read where the code has them: comments beside the fields of a struct, docstrings of metrics and of verdict
+rules, help texts of options and of Prometheus families, twoclocks/meanings.py for names that have no such place.
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import msgspec
+import yaml
+
+from twoclocks import cli, clocks, errors, experiment, families, meanings, metrics, record, schedule_server
+from twoclocks import server_requests as rows
+from twoclocks.load import load_run
+from twoclocks.summary import summarise
+from twoclocks.totals import Totals
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "docs" / "reference"
+EXAMPLE = ROOT / "output" / "example"
+MADE = "<!-- Made by scripts/reference.py from the code. Change the meaning there, then run it again. -->"
+UNITS = {"_s": "s", "_ms": "ms", "_at": "s", "_us": "µs", "_mb": "MB"}
+
+
+def main() -> int:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description="Write docs/reference from the code.")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 if a page is not as it would be"
+    )
+    checks = parser.parse_args().check
+    made = pages()
+    stale = [name for name, text in made.items() if _read(FOLDER / name) != text]
+    stale += [path.name for path in FOLDER.glob("*.md") if path.name not in made]
+    if checks:
+        for name in sorted(stale):
+            print(f"docs/reference/{name} is not as the code is; run: python scripts/reference.py")
+        return 1 if stale else 0
+    FOLDER.mkdir(exist_ok=True)
+    for name in stale:
+        if name in made:
+            (FOLDER / name).write_text(made[name], encoding="utf-8")
+        else:
+            (FOLDER / name).unlink()
+        print(f"docs/reference/{name}")
+    return 0
+
+
+def pages() -> dict[str, str]:
+    """File name -> text of each page."""
+    made = {
+        "experiment.md": experiment_page(),
+        "commands.md": "",
+        "run-folder.md": run_folder_page(),
+        "summary.md": summary_page(),
+        "verdict.md": verdict_page(),
+        "server-clocks.md": server_clocks_page(),
+        "prometheus.md": prometheus_page(),
+        "errors.md": errors_page(),
+    }
+    made["commands.md"] = commands_page()  # last, since it imports Locust, which changes the standard library
+    return {name: f"{MADE}\n{text.rstrip()}\n" for name, text in made.items()}
+
+
+# pages
+
+
+def experiment_page() -> str:
+    """Every key of an experiment file."""
+    lines = [
+        "# Experiment files",
+        "",
+        "Every key, with its type and default. An unknown key is an error; `--set KEY=VALUE` changes one, with dots",
+        "between the names. `${NAME}` and `${NAME:-default}` in values are filled from the environment. What ends in",
+        "`_s` is in seconds, in `_ms` in milliseconds.",
+    ]
+    for struct, prefix, said in _structs(experiment.Experiment):
+        lines += ["", f"## {f'`{prefix.rstrip(chr(46))}`' if prefix else 'At the top'}", ""]
+        lines += [said, ""] if said else []
+        comments = comments_of(experiment, struct)
+        cells = []
+        for field in msgspec.structs.fields(struct):
+            name = f"{prefix}{field.encode_name}"
+            inner = experiment._structs_in(field.type)
+            below = f": [below](#{_anchor(_path(name, field.type))})" if inner else ""
+            meaning = re.sub(r"\b(True|False)\b", lambda word: word[0].lower(), comments[field.name])
+            cells.append(
+                [f"`{name}`", type_words(field.type) + below, default_words(field), _unit(field.encode_name), meaning]
+            )
+        lines += table(["key", "type", "default", "unit", "meaning"], cells)
+    return "\n".join(lines)
+
+
+def run_folder_page() -> str:
+    """Files, and the columns of those that the project writes."""
+    lines = [
+        "# The run folder",
+        "",
+        "What a run leaves. The raw files are appended as things happen, so that a run that is",
+    ]
+    lines += [
+        "killed keeps all that had arrived; the report's are built from them, again by `twoclocks report RUN`.",
+        "",
+    ]
+    lines += table(["file", "what it holds"], [[f"`{name}`", said] for name, said in meanings.FILES.items()])
+    lines += ["", "## `run.json`", ""]
+    lines += table(["key", "what it holds"], [[f"`{name}`", said] for name, said in meanings.RUN_JSON.items()])
+    for name, module, struct, said in (
+        ("requests.jsonl", record, record.Record, "A line a request. Times are seconds on the run's clock."),
+        (
+            "server_requests.jsonl",
+            rows,
+            rows.ServerRequest,
+            "A line for each span or log line that tells of a request.",
+        ),
+        ("self_samples.jsonl", _source("selfwatch"), "SelfSample", "A line a second of each process that sends load."),
+    ):
+        lines += ["", f"## `{name}`", "", said, ""]
+        lines += table(["column", "type", "unit", "meaning"], _columns(module, struct))
+    lines += [
+        "",
+        "`chunk_kinds` are of: " + ", ".join(f"`{kind}`" for kind in record.KINDS) + ". Tokens are in chunks of",
+    ]
+    lines += ["kind " + ", ".join(f"`{kind}`" for kind in record.TOKEN_KINDS) + " alone.", "", "## `error_kind`", ""]
+    lines += ["What to do about each: [troubleshooting](../troubleshooting.md#requests-that-failed).", ""]
+    lines += table(["error_kind", "what happened"], [[f"`{k}`", said] for k, said in meanings.ERROR_KINDS.items()])
+    lines += [
+        "",
+        "## In Python",
+        "",
+        '`twoclocks.load_run("output/A").requests` has the columns of requests.jsonl, and:',
+        "",
+    ]
+    told = [[f"`{name}`", _meaning(said)] for name, said in meanings.REQUEST_TABLE.items()]
+    told += [
+        [f"`server_{name}`", "as the server told it, s: [server clocks](server-clocks.md)"] for name in clocks.METRICS
+    ]
+    lines += table(["column", "meaning"], told)
+    return "\n".join(lines)
+
+
+def summary_page() -> str:
+    """summary.json: its keys, and every figure with unit and definition."""
+    lines = ["# summary.json", "", "Seconds inside; what is not known is null.", ""]
+    lines += table(["key", "what it holds"], [[f"`{name}`", said] for name, said in meanings.SUMMARY.items()])
+    lines += [
+        "",
+        "## Figures",
+        "",
+        "A figure with a distribution has n, mean, p50, p95, p99, min and max; any other a value.",
+        "",
+    ]
+    cells = []
+    for name, (figure, when) in figures().items():
+        kind = "distribution" if "p50" in figure else "value"
+        said = figure["definition"].partition(" SLO: ")[0]
+        cells.append([f"`{name}`", kind, figure["unit"], f"{said}{f' ({when})' if when else ''}"])
+    lines += table(["figure", "kind", "unit", "definition"], cells)
+    return "\n".join(lines)
+
+
+def verdict_page() -> str:
+    """Every reason that a verdict may have."""
+    lines = ["# Verdict reasons", ""]
+    lines += [
+        "A run is VALID, SUSPECT (look before you quote its figures) or INVALID (they do not measure what they claim:"
+    ]
+    lines += [
+        "exit code 4). What to do about each, at more length: [troubleshooting](../troubleshooting.md#the-verdict).",
+        "",
+    ]
+    cells = [[f"`{one.name}`", " or ".join(one.levels), one.why, one.remedy] for one in verdict_reasons()]
+    lines += table(["reason", "level", "why", "remedy"], cells)
+    return "\n".join(lines)
+
+
+def server_clocks_page() -> str:
+    """What each server tells of a request."""
+    lines = [
+        "# Server clocks",
+        "",
+        "What each server's own figure of a request measures, by the way in which it is told: `in-band`, inside the",
+    ]
+    lines += ["response; `otlp`, in spans; `log`, in log lines. All in seconds."]
+    for (source, server), told in clocks.CLOCKS.items():
+        lines += ["", f"## {server}, {source}", ""]
+        cells = [[f"`{name}`", one.start, one.stop, one.note, one.differs] for name, one in told.items()]
+        lines += table(["duration", "starts", "stops", "note", "beside the client's"], cells)
+    lines += ["", "## What a server does not tell unless asked", ""]
+    cells = [
+        [server, one.what, f"start it with {one.remedy}" if one.remedy else "no way to learn it"]
+        for server, silent in clocks.SILENCES.items()
+        for one in silent
+    ]
+    return "\n".join([*lines, *table(["server", "not told", "remedy"], cells)])
+
+
+def prometheus_page() -> str:
+    """Every family that a run exports."""
+    totals = Totals({"ttft": 0.5}, is_open=True)
+    totals.counts["cached_tokens"] = 0
+    lines = [
+        "# Prometheus",
+        "",
+        "With `export.prometheus_port` a run is scraped while it goes on. Counters have `_total` behind their name,",
+    ]
+    lines += ["histograms `_bucket`, `_sum` and `_count`.", ""]
+    cells = []
+    for family in families.families(
+        totals,
+        {"run": "", "experiment": "", "target": "", "server": "", "model": "", "server_version": ""},
+        ended=False,
+    ):
+        names = {label for sample in family.samples for label in sample.labels if label != "le"}
+        labels = sorted(names) or list(getattr(family, "_labelnames", ()))
+        said = family.documentation.partition(" SLO: ")[0]
+        cells.append([f"`{family.name}`", family.type, ", ".join(f"`{label}`" for label in labels), said])
+    return "\n".join([*lines, *table(["family", "type", "labels", "meaning"], cells)])
+
+
+def commands_page() -> str:
+    """Every command with its options, and exit codes."""
+    lines = ["# Commands", "", "## Exit codes", ""]
+    lines += table(["code", "when"], [[f"`{code}`", said] for code, said in meanings.EXIT_CODES.items()])
+    parser = cli._parser()
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    for name, command in commands.choices.items():
+        lines += ["", f"## `twoclocks {name}`", "", *_command(command)]
+    lines += ["", "## `locust -f load_test.py`", ""]
+    lines += ["Locust's own options are in its `--help`; these are added to them.", "", *_options(_locust_options())]
+    lines += ["", "## `python -m twoclocks.schedule_server`", "", *_command(schedule_server._parser())]
+    lines += [
+        "",
+        "## Converters",
+        "",
+        "The scripts in [requests](../../requests/README.md) make request files; each has `--help`.",
+    ]
+    return "\n".join(lines)
+
+
+def errors_page() -> str:
+    """Every one-line error of the code."""
+    lines = [
+        "# Error messages",
+        "",
+        "Each is one line that says what was wrong, where, and how to go on; `...` stands for what differs. With",
+    ]
+    lines += ["`--debug` a command shows the traceback too.", ""]
+    lines += table(["class", "exit code", "what it is"], _error_classes())
+    for name, found in _messages().items():
+        lines += ["", f"## {name}", ""]
+        lines += [f"- {message}" for message in found]
+    return "\n".join(lines)
+
+
+# what the code says
+
+
+@dataclasses.dataclass(frozen=True)
+class VerdictReason:
+    """A reason, as the rule that gives it is written."""
+
+    name: str
+    levels: list[str]
+    why: str
+    remedy: str
+
+
+def verdict_reasons() -> list[VerdictReason]:
+    """Read from the source of the rules: the name, levels and remedy that each puts into its Reason."""
+    from twoclocks import verdict
+
+    found = []
+    for rule in verdict.RULES:
+        function = ast.parse(inspect.getsource(rule)).body[0]
+        assert isinstance(function, ast.FunctionDef)
+        bound: dict[str, ast.expr] = {
+            name: ast.Constant(value)
+            for name, value in vars(verdict).items()
+            if name.isupper() and isinstance(value, int | float)
+        }
+        bound |= {
+            target.id: node.value
+            for node in ast.walk(function)
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        words = {node.value for node in ast.walk(function) if isinstance(node, ast.Constant)}
+        levels = [level for level in get_args(verdict.Level) if level in words]
+        for call in ast.walk(function):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Reason":
+                name, remedy = call.args[1], call.args[4]
+                assert isinstance(name, ast.Constant)
+                found.append(VerdictReason(name.value, levels, metrics.definition(rule), _text(remedy, bound)))
+    return found
+
+
+def figures() -> dict[str, tuple[dict[str, Any], str]]:
+    """Name -> the figure as summary.json has it, and when it is there; by runs of every kind."""
+    run = load_run(EXAMPLE)
+    limits = run.experiment | {"slo": {"ttft_ms": 500}}
+    rate = run.experiment | {"load": {"shape": "rate", "rate": 1}}
+    batch = run.experiment | {"load": {"shape": "batch", "batch": 1}}
+    found: dict[str, tuple[dict[str, Any], str]] = {}
+    for changed, when in (
+        (run.experiment, ""),
+        (limits, "with an SLO"),
+        (rate, "in an open loop"),
+        (batch, "of shape batch"),
+    ):
+        for name, figure in summarise(dataclasses.replace(run, experiment=changed))["figures"].items():
+            found.setdefault(name, (figure, when))
+    return found
+
+
+def comments_of(module: ModuleType | Path, struct: type | str) -> dict[str, str]:
+    """Field -> the comment beside it in the source."""
+    path = module if isinstance(module, Path) else Path(inspect.getfile(module))
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    name = struct if isinstance(struct, str) else struct.__name__
+    (node,) = (one for one in ast.parse(source).body if isinstance(one, ast.ClassDef) and one.name == name)
+    found = {}
+    for field in node.body:
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            behind = lines[field.end_lineno - 1].encode()[field.end_col_offset :].decode()
+            found[field.target.id] = behind.strip().removeprefix("# ").strip()
+    return found
+
+
+def type_words(kind: Any) -> str:
+    """A type in words."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return f"{type_words(parts[0])}{_bounds(parts[1])}"
+    if origin is Literal:
+        return " or ".join(f"`{word}`" for word in parts)
+    if origin in (Union, UnionType):
+        return " or ".join(type_words(part) for part in parts if part is not type(None))
+    if origin is list:
+        return f"list of {type_words(parts[0])}"
+    if origin is tuple:
+        return (
+            f"[{', '.join(type_words(part) for part in parts)}]"
+            if parts[-1] is not ...
+            else f"list of {type_words(parts[0])}"
+        )
+    if origin is dict:
+        return "mapping"
+    names = {float: "number", int: "whole number", str: "text", bool: "true or false", Any: "anything"}
+    return names.get(kind, "mapping")
+
+
+def default_words(field: Any) -> str:
+    """A field's default, as YAML has it."""
+    if field.default_factory is not msgspec.NODEFAULT:
+        value = field.default_factory()
+    elif field.default is not msgspec.NODEFAULT:
+        value = field.default
+    else:
+        return "*needed*"
+    if isinstance(value, msgspec.Struct):
+        return ""
+    if value is None:
+        return "none given"
+    return f"`{yaml.safe_dump(value, default_flow_style=True).removesuffix('...').strip().removesuffix('...').strip()}`"
+
+
+def table(heads: list[str], cells: list[list[str]]) -> list[str]:
+    """Rows of a markdown table."""
+    shown = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in cells]
+    return [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}", *(f"| {' | '.join(row)} |" for row in shown)]
+
+
+def _structs(struct: type, prefix: str = "") -> Iterator[tuple[Any, str, str]]:
+    """(struct, prefix of its keys, its docstring) of an experiment, depth first."""
+    own = struct.__dict__.get("__doc__") or ""
+    yield struct, prefix, "" if own.startswith(f"{struct.__name__}(") else inspect.cleandoc(own)
+    for field in msgspec.structs.fields(struct):
+        for inner in experiment._structs_in(field.type):
+            yield from _structs(inner, _path(f"{prefix}{field.encode_name}", field.type))
+
+
+def _path(name: str, kind: Any) -> str:
+    return f"{name}[]." if get_origin(kind) is list else f"{name}."
+
+
+def _anchor(heading: str) -> str:
+    """As GitHub makes it of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def _columns(module: ModuleType | Path, struct: type | str) -> list[list[str]]:
+    if isinstance(struct, str):  # of a module that is not imported, since it imports gevent
+        tree = ast.parse(module.read_text(encoding="utf-8"))
+        (node,) = (one for one in tree.body if isinstance(one, ast.ClassDef) and one.name == struct)
+        plain = {"float": float, "int": int, "str": str, "list[float]": list[float]}
+        fields = [
+            (one.target.id, plain[ast.unparse(one.annotation)]) for one in node.body if isinstance(one, ast.AnnAssign)
+        ]
+    else:
+        fields = [(field.encode_name, field.type) for field in msgspec.structs.fields(struct)]
+    said = comments_of(module, struct)
+    of_server = "as the server has it: [server clocks](server-clocks.md)"
+    cells = []
+    for name, kind in fields:
+        duration = name in clocks.METRICS
+        meaning = said[name] or (of_server if duration else "")
+        cells.append([f"`{name}`", type_words(kind), "s" if duration else _unit(name), _json_words(meaning)])
+    return cells
+
+
+def _json_words(text: str) -> str:
+    """What the code calls None is null in a file."""
+    return re.sub(r"\bNone\b", "null", text)
+
+
+def _source(module: str) -> Path:
+    return ROOT / "twoclocks" / f"{module}.py"
+
+
+def _unit(name: str) -> str:
+    if name == "at":
+        return "s"
+    if name in ("share", "stable"):
+        return ""
+    return next((unit for ending, unit in UNITS.items() if name.endswith(ending)), "")
+
+
+def _bounds(meta: Any) -> str:
+    low = f" above {meta.gt:g}" if meta.gt is not None else f", {meta.ge:g} or more" if meta.ge is not None else ""
+    return low + (f", at most {meta.le:g}" if meta.le is not None else "")
+
+
+def _meaning(said: str) -> str:
+    module, _, name = said.partition("metrics.")
+    return said if module or not name else metrics.definition(getattr(metrics, name))
+
+
+def _text(node: ast.AST, bound: dict[str, ast.expr] | None = None) -> str:
+    """What an expression that makes text says; `...` for what is filled in."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(
+            _text(part.value if isinstance(part, ast.FormattedValue) else part, bound) for part in node.values
+        )
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _text(node.left, bound) + _text(node.right, bound)
+    if isinstance(node, ast.IfExp):
+        return _text(node.body, bound)
+    if isinstance(node, ast.Name) and bound and node.id in bound:
+        return _text(bound[node.id])
+    return "..."  # what a run fills in
+
+
+def _error_classes() -> list[list[str]]:
+    """From the tree in the docstring of errors, which says what each is for."""
+    said = dict(re.findall(r"(\w+Error) +\d +(.+)", errors.__doc__ or ""))
+    found = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, errors.TwoclocksError)]
+    return [[f"`{one.__name__}`", f"`{one.exit_code}`", said[one.__name__]] for one in found]
+
+
+def _messages() -> dict[str, list[str]]:
+    """Class of error -> the messages with which it is raised, in order of the alphabet."""
+    names = [row[0].strip("`") for row in _error_classes()]
+    found: dict[str, set[str]] = {name: set() for name in names}
+    for path in sorted((ROOT / "twoclocks").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in found and node.args:
+                text = " ".join(_text(node.args[0]).split())
+                if text.strip(" .:"):
+                    found[node.func.id].add(text)
+    return {name: [f"`{_no_ticks(text)}`" for text in sorted(texts)] for name, texts in found.items() if texts}
+
+
+def _no_ticks(text: str) -> str:
+    return text.replace("`", "'")
+
+
+def _command(parser: argparse.ArgumentParser) -> list[str]:
+    said = [parser.description or "", "", *_options(_own(parser)), "", *(parser.epilog or "").split("\n")]
+    return [line % {"prog": parser.prog} if "%(prog)s" in line else line for line in said]
+
+
+def _own(parser: argparse.ArgumentParser) -> list[tuple[str, str]]:
+    found = []
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction | argparse._SubParsersAction):
+            continue
+        value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else action.dest.upper())
+        takes = action.nargs != 0
+        name = (
+            f"{', '.join(action.option_strings)}{f' {value}' if takes else ''}" if action.option_strings else str(value)
+        )
+        said = (action.help or "") % {"default": action.default, "prog": parser.prog}
+        found.append((f"{name} ..." if action.nargs == "+" else name, said))
+    return found
+
+
+def _options(found: list[tuple[str, str]]) -> list[str]:
+    return table(["option", "meaning"], [[f"`{name}`", said] for name, said in found])
+
+
+class _Recorder:
+    """Takes options as Locust's parser would, and keeps them."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, str]] = []
+
+    def add_argument(self, name: str, **told: Any) -> None:
+        """One option."""
+        value = f" {told['metavar']}" if "metavar" in told else ""
+        variable = f"; also the environment variable {told['env_var']}" if "env_var" in told else ""
+        self.found.append((name + value, told["help"] + variable))
+
+    def set_defaults(self, **_: Any) -> None:
+        """Of options that are Locust's own."""
+
+
+def _locust_options() -> list[tuple[str, str]]:
+    from twoclocks.hooks import add_options
+
+    recorder = _Recorder()
+    add_options(recorder)
+    return recorder.found
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
