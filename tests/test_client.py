@@ -308,6 +308,13 @@ def test_refused():
     assert (record.status, record.error_kind, record.sent_at) == ("error", "refused", None)
 
 
+def test_an_address_in_digits_asks_no_resolver(monkeypatch):
+    """gevent's is a pool of threads: of 50,000 requests in a busy loop some waited 50 s for a new connection."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: pytest.fail("asked the resolver"))
+
+    assert answered(*plain_answer(2)).status == "ok"
+
+
 def test_a_name_that_does_not_exist_is_a_record():
     assert ask("http://no-such-host.invalid:1").error_kind == "dns"
 

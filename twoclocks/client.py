@@ -97,7 +97,8 @@ class Connection:
         proxy = self.endpoint.proxy
         host, port = (proxy.host, proxy.port) if proxy else (self.endpoint.host, self.endpoint.port)
         try:
-            sock = socket.create_connection((host, port), timeout)
+            # under TLS a read is no segment, and has no stamp of its own
+            sock = _connected(host, port, timeout, stamped=self.endpoint.tls is None)
         except TimeoutError:
             raise Failure("timeout", "connect_timeout", f"no connection within {timeout:g} s") from None
         except ConnectionRefusedError:
@@ -121,9 +122,6 @@ class Connection:
             except OSError as error:
                 sock.close()
                 raise Failure("error", "tls", str(error)) from None
-        else:  # under TLS a read is no segment, and has no stamp of its own
-            with contextlib.suppress(OSError):
-                sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         self.sock = sock
 
     def is_usable(self) -> bool:
@@ -146,6 +144,36 @@ class Connection:
         if self.sock is not None:
             self.sock.close()
             self.sock = None
+
+
+def _connected(host: str, port: int, timeout_s: float, *, stamped: bool) -> socket.socket:
+    """A socket that is connected. Raises OSError. ``stamped``: the kernel is to stamp what it receives.
+
+    An address in digits needs no resolver: gevent's is a pool of threads, which wait for seconds while the loop is
+    busy. The stamps are asked for as early as can be, since the kernel begins with them a little later.
+    """
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError):
+            socket.inet_pton(family, host)
+            break
+    else:
+        return _stamped(socket.create_connection((host, port), timeout_s), stamped=stamped)
+    sock = _stamped(socket.socket(family, socket.SOCK_STREAM), stamped=stamped)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect((host, port))
+    except BaseException:  # also of a greenlet that is killed meanwhile
+        sock.close()
+        raise
+    return sock
+
+
+def _stamped(sock: socket.socket, *, stamped: bool) -> socket.socket:
+    """The same socket, with the kernel's stamps where it has any."""
+    if stamped:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    return sock
 
 
 def _cancelled() -> Failure:

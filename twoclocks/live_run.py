@@ -37,7 +37,7 @@ LATE_S = 2.0
 """After so long a second is taken to be told: a worker sends its lines every half a second."""
 SHOWN_S = 3600
 """Seconds that are kept, the newest."""
-KEPT = 1_000_000
+KEPT = 100_000
 """Requests whose values are kept at least; of longer runs, the figures are those of the newest."""
 LONGEST_US = 2**23
 """Longer gaps, over 8 s, are kept one by one."""

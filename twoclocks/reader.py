@@ -5,6 +5,7 @@ A reader belongs to one process and to the hub of the thread that made it, so it
 at import: Locust's --processes forks.
 """
 
+import contextlib
 import itertools
 import os
 import socket
@@ -31,6 +32,7 @@ from twoclocks.sse import EventTooLong, SseDecoder
 
 READ_BYTES = 64 * 1024
 SWEEP_S = 0.1  # how late a timeout may be told
+STAMPS_S = 0.01  # how long the kernel takes to begin with its stamps: a work queue's next turn
 READABLE = 1  # libev's EV_READ
 MAX_STAMP_AGE_NS = 60 * 10**9
 _sleep = gevent.monkey.get_original("time", "sleep")
@@ -48,9 +50,23 @@ def reader_name(endpoint: Endpoint) -> Literal["native", "python"]:
 def connect(endpoint: Endpoint) -> Connection:
     """A connection, not yet open, that uses this process's reader."""
     name = reader_name(endpoint)
+    if not _readers:
+        _begin_stamping()
     if name not in _readers:
         _readers[name] = native.NativeReader() if name == "native" else PythonReader()
     return Connection(endpoint, _readers[name].receive)
+
+
+def _begin_stamping() -> None:
+    """The kernel begins to stamp a moment after the first socket of the machine asks for it, and ends with the last:
+    so one that is for nothing else asks now, and stays. Of an early answer arrivals would lack their stamps.
+    """
+    if _CONTROL_BYTES:
+        with contextlib.suppress(OSError):
+            sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+            sock.detach()  # nobody closes it
+            _sleep(STAMPS_S)
 
 
 class PythonReader:
