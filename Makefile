@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo install test lint format bench clean
+.PHONY: demo install test lint format bench soak clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python scripts/demo.py $(if $(ONLY),--only $(ONLY))
@@ -40,6 +40,10 @@ format: $(INSTALLED)
 # The instrument against a known schedule and a bare C reader: minutes, on a quiet machine. ARGS="--quick" is shorter.
 bench: $(INSTALLED)
 	@$(BIN)/python benchmarks/bench.py $(ARGS)
+
+# Four hours' worth of requests, compressed: is memory flat, is nothing lost, does nothing drift? 25 minutes, on a quiet machine.
+soak: $(INSTALLED)
+	@$(BIN)/python benchmarks/soak.py $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
