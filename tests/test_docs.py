@@ -167,6 +167,20 @@ def test_troubleshooting_has_each_reason_kind_and_code():
     assert told(page, "Exit codes") == {str(code) for code in meanings.EXIT_CODES}
 
 
+def test_messages_that_troubleshooting_quotes_are_those_of_the_code():
+    known = {
+        " ".join(node.value.split())
+        for path in (ROOT / "twoclocks").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    quoted = re.findall(r"^\*\*`(.+?)`\*\*", (DOCS / "troubleshooting.md").read_text(), re.M)
+    pieces = [next(piece for piece in re.split(r"\.\.\.|'", one) if len(piece.strip(" :;()")) > 3) for one in quoted]
+
+    assert len(pieces) > 8
+    assert [piece for piece in pieces if not any(piece.strip(" (") in text for text in known)] == []
+
+
 def test_concepts_have_each_reason():
     text = (DOCS / "concepts.md").read_text()
     named = re.findall(r"^- (`[^:]+`):", text[text.index("## The verdict") :], re.M)
