@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "output" / "example"
 DOCS = ROOT / "docs"
 OTHERS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "analysis" / "README.md",
-          ROOT / "requests" / "README.md"]  # fmt: skip
+          ROOT / "requests" / "README.md", *sorted((ROOT / "deploy").rglob("*.md"))]  # fmt: skip
 PAGES = [path for path in [*OTHERS, *sorted(DOCS.rglob("*.md"))] if path.exists()]
 COMMANDS = {"sh", "bash"}
 SHOWN = {"text", "json", "console"}  # what a terminal or a file shows
