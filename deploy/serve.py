@@ -35,8 +35,9 @@ class Copy:
         try:
             if self.size + len(data) > self.most:
                 self._begin()
-            self.file.write(data)
-            self.size += len(data)
+            if self.file is not None:  # it may not have begun anew
+                self.file.write(data)
+                self.size += len(data)
         except OSError as error:
             self._give_up(error)
 

@@ -72,6 +72,17 @@ def test_a_command_that_is_not_there_is_one_line(tmp_path):
     assert done.stderr == "serve.py: /no/such: No such file or directory\n"
 
 
+def test_a_log_that_cannot_begin_anew_costs_the_copy_alone(tmp_path):
+    """Where NAME.1 stands there is a folder, so that the full file cannot be put there."""
+    (tmp_path / "vllm.log.1" / "in the way").mkdir(parents=True)
+    program = "import time\nfor _ in range(3): print(7 * 'x', flush=True); time.sleep(0.3)"
+    done = serve(tmp_path, program, SERVE_MAX_BYTES="10")
+
+    assert done.returncode == 0
+    assert done.stdout == 3 * b"xxxxxxx\n"
+    assert b"the tester will miss the server's log" in done.stderr
+
+
 def test_bad_usage_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, SERVE, tmp_path], capture_output=True, text=True, check=False)
 

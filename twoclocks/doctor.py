@@ -28,6 +28,7 @@ GOOD_CLOCKS = {"tsc", "kvm-clock", "arch_sys_counter", "hyperv_clocksource_tsc_p
 STOLEN = 0.01
 BUSY = 0.2  # of all cores: what others take, the load generator and a server beside it do not have
 WOKEN_LATE_S = 0.005  # later than verdict.LATE_SEND_S a request counts as late
+REINSTALL = "rm -rf .venv && make install"
 SLOW_GOVERNORS = {"powersave", "ondemand", "conservative"}
 
 
@@ -128,9 +129,9 @@ def _system(facts: Facts) -> Finding:
 def _packages(facts: Facts) -> Finding:
     missing = [name for name, version in facts.installed.items() if version is None]
     if missing:
-        return Finding("problem", "packages", f"not installed: {', '.join(missing)}", "install them: make install")
+        return Finding("problem", "packages", f"not installed: {', '.join(missing)}", REINSTALL)
     if not facts.installed:
-        return Finding("note", "packages", "twoclocks itself is not installed here", "make install")
+        return Finding("note", "packages", "twoclocks itself is not installed here", REINSTALL)
     apart = [
         f"{name} {version} (pinned: {facts.pins[name]})"
         for name, version in facts.installed.items()
@@ -138,7 +139,7 @@ def _packages(facts: Facts) -> Finding:
     ]
     found = f"twoclocks {facts.twoclocks}, {_count(len(facts.installed), 'dependency', 'dependencies')}"
     if apart:
-        remedy = "the tests ran with the pinned versions: make install; or go on, and say so when you report a bug"
+        remedy = f"the tests ran with the pinned versions: {REINSTALL}; or go on, and say so when you report a bug"
         return Finding("note", "packages", f"{found}; other than pinned: {', '.join(apart)}", remedy)
     if not facts.pins:
         return Finding("ok", "packages", f"{found}; no constraints.txt here to hold their versions against")
@@ -148,13 +149,16 @@ def _packages(facts: Facts) -> Finding:
 def _native_reader(facts: Facts) -> Finding:
     if facts.native_reader:
         return Finding("ok", "native reader", "built: streams are received without Python")
-    remedy = "install a C compiler (Debian: apt-get install gcc python3-dev), then: pip install --force-reinstall -e ."
+    remedy = "install a C compiler (Debian: apt-get install gcc python3-dev), then: pip install --no-deps -e ."
     found = "not built: Python reads the streams, and beyond a few hundred reads merge"
     return Finding("note", "native reader", found, remedy)
 
 
 def _kernel_stamps(facts: Facts) -> Finding:
     stamps = facts.stamps
+    if not stamps.sent:
+        remedy = "arrivals are stamped by Python, as it reads them: run the load from Linux for figures under load"
+        return Finding("note", "kernel stamps", f"{facts.system} has none", remedy)
     told = f"{stamps.stamped} of {stamps.sent} messages on a loopback socket were stamped"
     if stamps.stamped < stamps.sent or stamps.before_read_s is None:
         remedy = "run on Linux itself; a sandbox such as gVisor has no stamps. Without them a busy loop reads late"
@@ -304,6 +308,10 @@ def _server(facts: ServerFacts) -> Iterator[Finding]:
     told = set(facts.told) | ({PAGE} if facts.series else set())
     if facts.series:
         yield Finding("ok", "/metrics", f"{facts.series:,} series")
+    elif facts.page is not None:
+        told.add(PAGE)  # it may tell more than nothing: why it could not be read comes first
+        remedy = "see that /metrics can be read from here, or name where it can: collect.metrics_url"
+        yield Finding("note", "/metrics", f"cannot be read: {facts.page}", remedy)
     for sentence in silences(facts.server, told):
         what, _, remedy = sentence.rstrip(".").partition("; ")
         told_of = what.replace("This server tells nothing of", "neither its answer nor its /metrics tells of")

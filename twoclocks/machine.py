@@ -36,6 +36,8 @@ ROOT = Path("/")
 PINS = Path(__file__).resolve().parent.parent / "constraints.txt"
 STAMPS = 50
 """Messages that are sent over a loopback socket to see their stamps."""
+STAMPS_BEGIN_S = 0.5
+"""The kernel begins to stamp a moment after the first socket of the machine has asked; if not by then, never."""
 LOOK_S = 1.0
 """How long the machine is watched: its CPU time, and how late a sleeper is woken."""
 NAP_S = 0.002
@@ -60,7 +62,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     pins: dict[str, str] = {}  # package -> the version that constraints.txt of this checkout names
     installed: dict[str, str | None] = {}  # package that twoclocks needs -> its version; None: not there
     cores: int = 1  # of the machine
-    usable_cores: float = 1  # that this process may run on, by affinity and by the container's quota
+    usable_cores: float = 1  # that this process may run on, by affinity and by the container's quota (cgroup v2)
     memory_bytes: int | None = None  # that can still be had
     output: str = "output"
     disk_bytes: int | None = None  # free where run folders go
@@ -122,24 +124,33 @@ def look(experiment: Experiment, ports: Mapping[int, str], server: ServerFacts |
 def kernel_stamps(messages: int = STAMPS) -> Stamps:
     """Send messages over a TCP connection of this machine and look whether the kernel stamps their arrival."""
     if not sys.platform.startswith("linux"):
-        return Stamps(messages, 0)
-    ages = []
+        return Stamps(0, 0)
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.create_connection(listener.getsockname()[:2], 5) as reader,
         listener.accept()[0] as sender,
-        contextlib.suppress(OSError),
     ):
-        reader.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-        for _ in range(messages):
-            sender.sendall(b"x")
-            _, control, _, _ = reader.recvmsg(1, socket.CMSG_SPACE(_TIMESPEC.size))
-            read_ns = time.time_ns()
-            for level, kind, data in control:
-                if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPNS):
-                    seconds, ns = _TIMESPEC.unpack_from(data)
-                    ages.append((read_ns - seconds * 10**9 - ns) / 1e9)
+        try:
+            reader.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        except OSError:
+            return Stamps(messages, 0)
+        until = time.monotonic() + STAMPS_BEGIN_S
+        while _age(sender, reader) is None and time.monotonic() < until:
+            time.sleep(NAP_S)
+        ages = [age for age in (_age(sender, reader) for _ in range(messages)) if age is not None]
     return Stamps(messages, len(ages), statistics.median(ages) if ages else None)
+
+
+def _age(sender: socket.socket, reader: socket.socket) -> float | None:
+    """Time from the kernel's stamp of a byte to the end of its read, in s; None where it came without."""
+    sender.sendall(b"x")
+    _, control, _, _ = reader.recvmsg(1, socket.CMSG_SPACE(_TIMESPEC.size))
+    read_ns = time.time_ns()
+    for level, kind, data in control:
+        if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPNS):
+            seconds, ns = _TIMESPEC.unpack_from(data)
+            return (read_ns - int(seconds) * 10**9 - int(ns)) / 1e9
+    return None
 
 
 def pins(path: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ Over httpx, in any process: how long the answer took is of no interest here, onl
 import math
 import time
 from functools import reduce
-from typing import Any, get_args
+from typing import Any
 
 import httpx
 import msgspec
@@ -71,12 +71,15 @@ def look_at_server(target: Target) -> ServerFacts:
 
 
 def _named(client: httpx.Client) -> Server | None:
-    """Who owns the first model: vLLM, SGLang and llama.cpp put their own name there."""
+    """Who owns the first model: vLLM, SGLang and llama.cpp put their own name there.
+
+    Other names are not taken for the server's: gateways in front of anything say "openai".
+    """
     try:
         owner = client.get("/v1/models").json()["data"][0]["owned_by"]
     except (httpx.HTTPError, ValueError, LookupError, TypeError):
         return None
-    return owner if owner in get_args(Server) else None
+    return owner if owner in ("vllm", "sglang", "llamacpp") else None
 
 
 def _page(client: httpx.Client, target: Target) -> dict[str, Any]:
