@@ -161,7 +161,7 @@ class Image:
         if binds:
             lines += ["mount -t tmpfs -o mode=1777,noexec,nosuid,nodev tmpfs $R/tmp", "mount -o remount,bind,ro $R"]
         if beside:
-            lines += ["ip link set lo up", beside]
+            lines += ["mount -t proc proc /proc", "ip link set lo up", beside]
         lines += [
             f"exec chroot $R setpriv {drop} sh -c {shlex.quote(f'cd {self.workdir} && exec {shlex.join(inside)}')}"
         ]

