@@ -67,6 +67,7 @@ class FakeServer:
     def __init__(self, script: Callable[[dict], Iterable] | None = None, port: int = 0) -> None:
         self.script = script or (lambda body: plain_answer())
         self.metrics: Callable[[], list] = lambda: response(200, b"", "text/plain")
+        self.pages: dict[str, list] = {}  # "GET /path" -> its answer, where it is another than usual
         self.on_get: Callable[[dict[str, str]], object] = lambda headers: None
         self.requests: list[tuple[dict[str, str], dict]] = []
         self.sent_ns: list[list[int]] = []
@@ -110,7 +111,9 @@ class FakeServer:
                 method_path, headers, body = request
                 if method_path.startswith("GET"):
                     self.on_get(headers)
-                if method_path == "GET /v1/models":
+                if method_path in self.pages:
+                    steps = self.pages[method_path]
+                elif method_path == "GET /v1/models":
                     steps = response(200, json.dumps({"data": [{"id": "fake-model"}]}).encode())
                 elif method_path == "GET /metrics":
                     steps = self.metrics()

@@ -54,8 +54,8 @@ def started(tmp_path, *words_, headless=True, file_limit=None):
         process.communicate()
 
 
-def run(tmp_path, *words_, timeout=120):
-    with started(tmp_path, *words_) as process:
+def run(tmp_path, *words_, timeout=120, headless=True):
+    with started(tmp_path, *words_, headless=headless) as process:
         output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
 

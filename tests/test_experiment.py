@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from twoclocks.errors import ExperimentError
-from twoclocks.experiment import Experiment, load_experiment, masked_word, replace, to_yaml
+from twoclocks.experiment import Experiment, load_experiment, replace, to_yaml
+from twoclocks.masks import masked_word
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

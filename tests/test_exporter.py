@@ -17,8 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from twoclocks.errors import ExperimentError
 from twoclocks.experiment import Export
-from twoclocks.export import is_wide, open_port
+from twoclocks.export import open_port
 from twoclocks.families import families
+from twoclocks.hosts import is_wide
 from twoclocks.load import load_run
 from twoclocks.record import encode_record
 from twoclocks.summary import summarise

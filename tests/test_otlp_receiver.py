@@ -343,7 +343,7 @@ def test_a_host_that_cannot_be_bound_is_a_note(tmp_path, host):
 
 
 def test_an_exporter_that_goes_away_or_drips_harms_no_one(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(otlp_receiver, "BODY_S", 0.2)
+    monkeypatch.setattr(otlp_receiver, "REQUEST_S", 0.2)
     head = b"POST /v1/traces HTTP/1.1\r\ncontent-type: application/x-protobuf\r\ncontent-length: 1000\r\n\r\n"
     with receiving(tmp_path) as receiver:
         with socket.create_connection(("127.0.0.1", receiver.http.port)) as gone:

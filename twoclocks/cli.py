@@ -10,6 +10,8 @@ from twoclocks import __version__
 from twoclocks.errors import TwoclocksError
 from twoclocks.experiment import Server
 
+YES = "load for a host that is neither this machine nor in a private network is meant; asked for once a host"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. An error that the user can mend is one line, a traceback only with --debug."""
@@ -165,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--run-folder", metavar="PATH", type=Path, help="make the run, sweep or search in this new folder")
     run.add_argument("--resume", metavar="FOLDER", type=Path, help="of many runs: make what is missing")
     run.add_argument("--no-report", action="store_true", help="leave the report to a later `twoclocks report FOLDER`")
+    run.add_argument("--yes", action="store_true", help=YES)
     run.set_defaults(command=_run)
     duel = commands.add_parser(
         "duel",
@@ -185,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     duel.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one of its keys")
     duel.add_argument("--run-folder", metavar="PATH", type=Path, help="folder of the study, which must not exist yet")
     duel.add_argument("--no-report", action="store_true", help="leave the report to a later `twoclocks report FOLDER`")
+    duel.add_argument("--yes", action="store_true", help=YES)
     duel.set_defaults(command=_duel)
     report = commands.add_parser(
         "report",

@@ -22,6 +22,7 @@ from twoclocks.dialect import Body, Stream, parse_event, read_answer, read_strea
 from twoclocks.endpoint import Endpoint
 from twoclocks.experiment import Timeouts
 from twoclocks.http1 import ResponseReader
+from twoclocks.masks import redact
 from twoclocks.proxy import ProxyRefused, open_tunnel
 from twoclocks.record import (
     GAVE_UP,
@@ -46,6 +47,10 @@ REFUSES_LENGTH = re.compile(
     re.IGNORECASE,
 )
 """How servers say that prompt and answer do not fit: vLLM and OpenAI, SGLang (model's), llama.cpp (size), TGI."""
+LOOKED_AT_CHARS = 20_000
+"""Of an answer that is no JSON, which may be of megabytes, while a message is made of it."""
+MESSAGE_CHARS = 4_000
+"""Of a message, while its meaning is looked for."""
 SO_TIMESTAMPNS = 35  # asm-generic/socket.h; the socket module has no name for it
 
 
@@ -294,7 +299,7 @@ def send(connection: Connection, plan: Plan, origin: Origin, phase: Phase, inten
 def _record(
     exchange: Exchange, connection: Connection, plan: Plan, origin: Origin, phase: Phase, intended_ns: int
 ) -> Record:
-    streams = connection.endpoint.stream
+    streams, secrets = connection.endpoint.stream, connection.endpoint.secrets
     if streams:
         stream = read_stream(exchange.body if _is_stream(exchange.response) else NO_BODY)
     else:
@@ -338,21 +343,14 @@ def _record(
         output_tokens=output_tokens,
         cached_tokens=stream.cached_tokens,
         token_source=token_source,
-        finish_reason=stream.finish_reason,
+        finish_reason=redact(stream.finish_reason, secrets),
         http_status=exchange.response.status or None,
         status=failure.status if failure else "ok",
         error_kind=failure.kind if failure else None,
-        error_message=_without(connection.endpoint.secrets, failure.message)[:1000] if failure else None,
+        error_message=redact(failure.message, secrets)[:1000] if failure else None,
         output_text=stream.text if origin.keep_text else None,
-        server=stream.server or _timings_in_headers(exchange.response),
+        server=redact(stream.server or _timings_in_headers(exchange.response), secrets),
     )
-
-
-def _without(secrets: tuple[str, ...], message: str) -> str:
-    """The message with *** for a key that the server said back, as some do when they refuse it."""
-    for secret in secrets:
-        message = message.replace(secret, "***")
-    return message
 
 
 def _gaps_us(sent_ns: int, arrived_ns: list[int]) -> list[int]:
@@ -379,9 +377,13 @@ def _failure(exchange: Exchange, stream: Stream, *, streams: bool) -> Failure | 
         return failure  # whatever the server had said: the caller has to know that it was told to stop
     if response.status not in (0, 200):
         told = _error_text(body) or f"HTTP status {response.status}"
-        return Failure("error", TOO_LONG if REFUSES_LENGTH.search(told) else f"http_{response.status}", told)
+        if 300 <= response.status < 400 and "location" in response.headers:
+            told = (
+                f"leads to {response.headers['location']}, where nothing is sent; if it is meant, name it in target.url"
+            )
+        return Failure("error", TOO_LONG if _refuses_length(told) else f"http_{response.status}", told)
     if stream.error is not None:
-        return Failure("error", TOO_LONG if REFUSES_LENGTH.search(stream.error) else "error_event", stream.error)
+        return Failure("error", TOO_LONG if _refuses_length(stream.error) else "error_event", stream.error)
     if failure is not None and failure.kind in ("closed", "reset") and response.status:
         # a connection lost after the finish reason has taken nothing from the answer
         return None if stream.ended else Failure("truncated", failure.kind, failure.message)
@@ -401,5 +403,10 @@ def _failure(exchange: Exchange, stream: Stream, *, streams: bool) -> Failure | 
     return None
 
 
+def _refuses_length(told: str) -> bool:
+    return REFUSES_LENGTH.search(told[:MESSAGE_CHARS]) is not None
+
+
 def _error_text(body: bytes) -> str:
-    return parse_event(body)[1] or body[:500].decode("utf-8", "replace").strip()
+    # more than is kept, so that a key that is to be taken out of it is whole
+    return parse_event(body)[1] or body[:LOOKED_AT_CHARS].decode("utf-8", "replace").strip()

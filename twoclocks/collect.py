@@ -24,6 +24,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     stage_urls: list[tuple[str, str]] = []  # (stage, one of its pages)
     interval_s: float
     headers: dict[str, str]  # the key among them, for the target alone
+    secrets: list[str] = []  # what no file may show
     target_url: str = ""
     tls_verify: bool | str
     tls_cert: str | None = None

@@ -19,16 +19,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
 
 import httpx
 import msgspec
 
 from twoclocks.collect import SETTLE_S, Answer, Job, tail_limit
-from twoclocks.endpoint import secret_words, tls_context
-from twoclocks.fetch import fetch
+from twoclocks.endpoint import tls_context
+from twoclocks.fetch import fetch_page
 from twoclocks.gpu import open_gpu
+from twoclocks.hosts import origin_of
 from twoclocks.log_tail import open_tail
+from twoclocks.masks import redact
 from twoclocks.otlp_receiver import Receiver, SpanStore
 from twoclocks.page import Key, PageReader, Series
 from twoclocks.process_memory import ProcessMemory, tree
@@ -40,12 +41,6 @@ PAGE_S = 10.0
 SCRAPE_S = 20.0  # after which a page that is asked for is told to be late
 TAIL_TURN_S = 0.2
 IDLE_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-
-
-def origin_of(url: str) -> tuple[str, str | None, int | None]:
-    """Scheme, host and port of an address."""
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 class Lines:
@@ -86,7 +81,7 @@ class Scraper:
                 raise ValueError(f"a page that has told more than {MAX_SERIES:,} series by now")
             self.known |= new
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            failure = f"{type(error).__name__}: {error}"[:500]
+            failure = redact(f"{type(error).__name__}: {error}", self.job.secrets)[:500]
             line |= {"until": self._now(), "samples": []}
         else:
             before = self.series or {}
@@ -98,7 +93,7 @@ class Scraper:
             if gone:
                 line["gone"] = gone
             self.series = series
-        self.out.write(line | {"error": failure})
+        self.out.write(redact(line | {"error": failure}, self.job.secrets))
         return failure
 
     def is_idle(self) -> bool:
@@ -110,7 +105,7 @@ class Scraper:
 
     def _text(self) -> str:
         headers = self.job.headers if origin_of(self.url) == origin_of(self.job.target_url) else {}
-        return fetch(self.client, self.url, max_bytes=MAX_PAGE_BYTES, seconds=PAGE_S, headers=headers)
+        return fetch_page(self.client, self.url, max_bytes=MAX_PAGE_BYTES, seconds=PAGE_S, headers=headers)
 
 
 class Background:
@@ -160,16 +155,18 @@ class Collecting:
         pages: list[tuple[str | None, str]] = [(None, url) for url in job.metrics_urls]
         self.scrapers = [Scraper(url, job, client, samples, stage) for stage, url in [*pages, *job.stage_urls]]
         self.pages = [Background(scraper.scrape) for scraper in self.scrapers]
-        self.tail = open_tail(job.log, folder / "server.log", secret_words(job.headers.values()))
+        self.tail = open_tail(job.log, folder / "server.log", job.secrets)
         sampler, no_gpu = open_gpu(job.gpu)
         self.gpu = None
         if sampler:
-            self.gpu = Background(_appending(lambda: sampler.sample(self.now()), folder / "gpu_samples.jsonl"))
+            sample = lambda: redact(sampler.sample(self.now()), job.secrets)  # noqa: E731  a label may hold anything
+            self.gpu = Background(_appending(sample, folder / "gpu_samples.jsonl"))
         self.process, no_process = self._open_process(folder / "process_samples.jsonl")
-        self.spans = SpanStore(folder, job.services, self.now)
+        self.spans = SpanStore(folder, job.services, self.now, job.secrets)
         self.receiver = Receiver(self.spans, job.otlp_host, job.otlp_port, job.otlp_grpc_port)
         self.log_failure = self.tail.failure if self.tail else None
-        self.notes = [note for note in (*self.receiver.notes, self.log_failure, no_gpu, no_process) if note]
+        notes = [note for note in (*self.receiver.notes, self.log_failure, no_gpu, no_process) if note]
+        self.notes: list[str] = redact(notes, job.secrets)
 
     def now(self) -> float:
         """Seconds on the run's clock."""
@@ -247,7 +244,7 @@ class Collecting:
             self.tail.close()
             if self.tail.failure and self.tail.failure != self.log_failure:
                 notes.append(self.tail.failure)
-        return Answer(notes=notes, foreign_spans=self.spans.foreign)
+        return Answer(notes=redact(notes, self.job.secrets), foreign_spans=self.spans.foreign)
 
 
 def _appending(sample: Callable[[], list[dict[str, Any]]], path: Path) -> Callable[[], None]:

@@ -17,6 +17,7 @@ from twoclocks.evidence import evidence_of
 from twoclocks.levels import wilson
 from twoclocks.load import load_run
 from twoclocks.metrics import Floats
+from twoclocks.run_folder import refuse_links
 from twoclocks.run_levels import UNITS, Level, Levels, found_text, read_levels
 
 PLOT = Path("plots") / "curves.png"
@@ -59,6 +60,7 @@ def build(folder: Path, progress: Callable[[str], None] = lambda _: None) -> Cur
     rows.sort(key=lambda row: (row["value"], row["number"]))
     summary = _summary(levels, rows, knee(levels.over, rows, e2e))
     try:
+        refuse_links(folder)
         (folder / "plots").mkdir(exist_ok=True)
         report.write_json(folder / "summary.json", summary)
         (folder / "summary.txt").write_text(text(summary), encoding="utf-8")

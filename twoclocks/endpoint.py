@@ -2,7 +2,7 @@
 
 import os
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,6 +12,7 @@ from twoclocks import __version__
 from twoclocks.errors import ExperimentError
 from twoclocks.experiment import Target, Timeouts
 from twoclocks.http1 import request_head
+from twoclocks.masks import masked, secret_words, texts
 from twoclocks.proxy import Proxy, find_proxy
 
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "tgi-generate": "/generate_stream"}
@@ -31,23 +32,42 @@ class Endpoint(msgspec.Struct, frozen=True):
     secrets: tuple[str, ...] = ()  # what no record may show, though a server may say it back
 
 
+MAX_KEY_BYTES = 16 * 1024
+
+
 def request_headers(target: Target) -> dict[str, str]:
-    """The user's headers and the API key from the environment, which also the control plane sends."""
+    """The user's headers and the API key from its file or the environment, which also the control plane sends.
+
+    Raises ExperimentError for a key file that cannot be used.
+    """
     headers = dict(target.headers)
-    key = os.environ.get(target.api_key_env, "").strip()
+    key = _key_in(target.api_key_file) if target.api_key_file else os.environ.get(target.api_key_env, "").strip()
     if key and "authorization" not in {name.lower() for name in headers}:
         headers["Authorization"] = f"Bearer {key}"
     return headers
 
 
-MIN_SECRET_CHARS = 8
-"""A shorter word of a header is no secret, and may stand anywhere."""
+def _key_in(path: str) -> str:
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            key = file.read(MAX_KEY_BYTES + 1).decode("utf-8").strip()
+    except OSError as error:
+        raise ExperimentError(f"target.api_key_file: {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ExperimentError(f"target.api_key_file: {path}: is no text") from None
+    if not key or len(key.split()) > 1 or len(key) > MAX_KEY_BYTES:
+        raise ExperimentError(f"target.api_key_file: {path}: expected the key, on one line, and nothing else")
+    return key
 
 
-def secret_words(values: Iterable[str]) -> tuple[str, ...]:
-    """The words of these headers' values that may be secret, the longest first: a key without its Bearer."""
-    words = {word for value in values for word in value.split() if len(word) >= MIN_SECRET_CHARS}
-    return tuple(sorted(words, key=lambda word: (-len(word), word)))
+def secrets_of(target: Target) -> tuple[str, ...]:
+    """What no record may show, though the server may say it back: the key, and all that is masked in the experiment.
+
+    Raises ExperimentError as request_headers.
+    """
+    hidden: list[str] = []
+    shown = masked(msgspec.to_builtins(target), hidden=hidden)
+    return secret_words([*request_headers(target).values(), *hidden], in_the_open=texts(shown))
 
 
 def make_endpoint(target: Target, timeouts: Timeouts) -> Endpoint:
@@ -58,7 +78,7 @@ def make_endpoint(target: Target, timeouts: Timeouts) -> Endpoint:
         raise ExperimentError(f"target.url: expected http://HOST:PORT, found {target.url!r}") from None
     if url.hostname is None:
         raise ExperimentError(f"target.url: expected http://HOST:PORT, found {target.url!r}")
-    secrets = [*request_headers(target).values()]
+    secrets = secrets_of(target)
     base = url.path.rstrip("/").removesuffix("/v1")
     headers = {
         "User-Agent": f"twoclocks/{__version__}",
@@ -74,7 +94,7 @@ def make_endpoint(target: Target, timeouts: Timeouts) -> Endpoint:
             path = f"http://{url.netloc}{path}"
             if proxy.authorization:
                 headers["Proxy-Authorization"] = proxy.authorization
-                secrets.append(proxy.authorization)
+                secrets += secret_words([proxy.authorization])
         head = request_head(url.netloc, path, headers)
         port = url.port or (443 if url.scheme == "https" else 80)
     except ValueError as error:
@@ -88,7 +108,7 @@ def make_endpoint(target: Target, timeouts: Timeouts) -> Endpoint:
         proxy=proxy,
         timeouts=timeouts,
         stream=target.stream,
-        secrets=secret_words(secrets),
+        secrets=secrets,
     )
 
 

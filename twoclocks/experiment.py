@@ -18,6 +18,8 @@ import yaml
 from msgspec import Meta
 
 from twoclocks.errors import ExperimentError
+from twoclocks.masks import SECRET, masked
+from twoclocks.settings_yaml import load_yaml
 
 Server = Literal["vllm", "tgi", "transformers", "sglang", "llamacpp", "pytorch", "openai", "other"]
 Api = Literal["chat", "completions", "tgi-generate", "in-process"]  # in-process: no HTTP, the engine of target.start
@@ -62,6 +64,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     api: Api = "chat"  # which path is asked: chat and text completions as OpenAI has them, TGI's own, or none
     model: str = "auto"  # auto: the first of /v1/models
     api_key_env: str = "OPENAI_API_KEY"  # the variable's name; the key itself never enters a file
+    api_key_file: str | None = None  # path of a file that holds the key and nothing else, in place of the variable
     headers: dict[str, str] = {}  # on every request; masked wherever settings are written down
     extra_body: dict[str, Any] = {}  # merged into every request
     stream: bool = True  # False: whole answers, whose first token nobody sees; TGI tells its own timings only then
@@ -258,7 +261,7 @@ def load_experiment(
     Raises ExperimentError, in one line, for anything that cannot be used.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ExperimentError(f"{path}: no such experiment file; give one with --experiment FILE.yaml") from None
     except OSError as error:
@@ -268,7 +271,7 @@ def load_experiment(
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise ExperimentError(f"{path}:{where} is not YAML: {getattr(error, 'problem', error)}") from None
+        raise ExperimentError(f"{path}:{where} is not YAML: {getattr(error, 'problem', None) or error}") from None
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
@@ -349,45 +352,6 @@ def to_yaml(experiment: Experiment) -> str:
     return text
 
 
-SECRET = re.compile(
-    r"(?:^|[^a-z0-9])(authorization|api[-_]?key|access[-_]?key|token|secret|password|passwd|headers|cookie|credentials?)\b",
-    re.IGNORECASE,
-)
-"""Names of what may be secret. api_key_env, max_tokens and the like are not among them."""
-
-
-def masked(tree: Any, *, is_secret: bool = False) -> Any:
-    """A tree of settings in which every value below a name of SECRET is replaced by ***."""
-    if isinstance(tree, dict):
-        return {key: masked(value, is_secret=is_secret or bool(SECRET.search(str(key)))) for key, value in tree.items()}
-    if isinstance(tree, list):
-        shown = masked_argv(tree) if not is_secret and all(isinstance(word, str) for word in tree) else tree
-        return [masked(value, is_secret=is_secret) for value in shown]
-    return "***" if is_secret and tree is not None else tree
-
-
-_SECRET_NAME = re.compile(SECRET.pattern + "$", re.IGNORECASE)
-
-
-def masked_argv(argv: Sequence[str]) -> list[str]:
-    """A command line without what may be secret: ``--api-key X``, ``--api-key=X``, ``HF_TOKEN=X``."""
-    shown = []
-    for before, word in zip(["", *argv], argv, strict=False):
-        name, equals, _ = word.partition("=")
-        if equals and _SECRET_NAME.search(name):
-            shown.append(f"{name}=***")
-        elif before.startswith("-") and _SECRET_NAME.search(before) and not word.startswith("-"):
-            shown.append("***")
-        else:
-            shown.append(word)
-    return shown
-
-
-def masked_word(word: str) -> str:
-    """A command-line word without the value of what may be secret (--set target.headers.Authorization=...)."""
-    return re.sub(r"=.*", "=***", word, count=1, flags=re.DOTALL) if SECRET.search(word) else word
-
-
 def replace(experiment: Experiment, key: str, value: Any) -> Experiment:
     """The experiment with one dotted key changed, checked as if it had stood in the file."""
     raw = msgspec.to_builtins(experiment)
@@ -400,12 +364,9 @@ def replace(experiment: Experiment, key: str, value: Any) -> Experiment:
 def _set(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ExperimentError(f"--set {override!r}: expected KEY=VALUE, such as load.users=10")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text  # a value that is no YAML, such as an unquoted message, is meant as text
-    _set_value(raw, key, value)
+        shown = "***" if SECRET.search(override) else repr(override)
+        raise ExperimentError(f"--set {shown}: expected KEY=VALUE, such as load.users=10")
+    _set_value(raw, key, _read(text))
 
 
 def _set_value(raw: dict[str, Any], key: str, value: Any) -> None:
@@ -439,7 +400,15 @@ def _interpolate(value: Any, environ: Mapping[str, str], where: str) -> Any:
         return filled
 
     filled = _VARIABLE.sub(fill, value)
-    return yaml.safe_load(filled) if _VARIABLE.fullmatch(value) else filled
+    return _read(filled) if _VARIABLE.fullmatch(value) else filled
+
+
+def _read(text: str) -> Any:
+    """A value as YAML has it; what is no YAML, such as an unquoted message, is meant as text."""
+    try:
+        return load_yaml(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _convert(raw: Any, where: str) -> Experiment:
@@ -490,12 +459,7 @@ def _structs_in(kind: Any) -> list[type[msgspec.Struct]]:
 def _check(experiment: Experiment, where: str) -> None:
     """What types cannot say."""
     target, collect = experiment.target, experiment.collect
-    if not re.match(r"https?://[^/\s]+", target.url):
-        raise ExperimentError(f"{where}: target.url: expected http://HOST:PORT, found {target.url!r}")
-    if re.match(r"https?://[^/]*@", target.url):
-        raise ExperimentError(
-            f"{where}: target.url: holds a password; put it into headers or the variable of api_key_env"
-        )
+    _check_url("target.url", target.url, where)
     if experiment.workload.ignore_eos and target.server == "transformers":
         raise ExperimentError(f"{where}: workload.ignore_eos: transformers serve refuses this field; leave it out")
     if target.start is not None:
@@ -507,16 +471,30 @@ def _check(experiment: Experiment, where: str) -> None:
     _check_levels(experiment, where)
     _check_warmup(experiment.warmup, where)
     _check_log(collect.log, where)
-    for key, path in (("tls_cert", target.tls_cert), ("tokenizer", target.tokenizer)):
+    files = (("tls_cert", target.tls_cert), ("tokenizer", target.tokenizer), ("api_key_file", target.api_key_file))
+    for key, path in files:
         if path is not None and not Path(path).is_file():
             raise ExperimentError(f"{where}: target.{key}: no file at {path!r}")
     if isinstance(target.tls_verify, str) and not Path(target.tls_verify).is_file():
         raise ExperimentError(f"{where}: target.tls_verify: no CA bundle at {target.tls_verify!r}")
-    for url in [collect.metrics_url] if isinstance(collect.metrics_url, str) else collect.metrics_url:
-        if url not in ("auto", "none") and not re.match(r"https?://", url):
-            raise ExperimentError(f"{where}: collect.metrics_url: expected auto, none or a list of URLs, found {url!r}")
-        if re.match(r"https?://[^/]*@", url):
-            raise ExperimentError(f"{where}: collect.metrics_url: holds a password, which would be written down")
+    pages = [("collect.metrics_url", collect.metrics_url), ("collect.gpu", collect.gpu)]
+    pages += [(f"target.stages[{number}].metrics_url", stage.metrics_url) for number, stage in enumerate(target.stages)]
+    for key, setting in pages:
+        for url in [setting] if isinstance(setting, str) else setting:
+            if url not in ("auto", "none"):
+                _check_url(key, url, where)
+
+
+def _check_url(key: str, url: str, where: str) -> None:
+    """An address that may be written down. Raises ExperimentError, which does not show what may be secret in it."""
+    how = "put it into headers or the variable of api_key_env" if key == "target.url" else "it would be written down"
+    if "@" in re.split(r"[/?#]", url.partition("//")[2])[0]:
+        raise ExperimentError(f"{where}: {key}: holds a password; {how}")
+    if SECRET.search(url.partition("?")[2]):
+        raise ExperimentError(f"{where}: {key}: holds what may be a key; {how}")
+    if not re.match(r"https?://[^/\s]+", url):
+        expected = "http://HOST:PORT" if key == "target.url" else "auto, none or a list of URLs"
+        raise ExperimentError(f"{where}: {key}: expected {expected}, found {url!r}")
 
 
 def _check_start(target: Target, start: Start, where: str) -> None:

@@ -5,7 +5,6 @@ the figures of a thousand streams cost the load generator nothing, and workers m
 """
 
 import contextlib
-import ipaddress
 import logging
 import os
 import socket
@@ -18,6 +17,7 @@ import msgspec
 from twoclocks import otlp_metrics
 from twoclocks.errors import ExperimentError, plain
 from twoclocks.experiment import Experiment, Export
+from twoclocks.hosts import is_wide, shown
 from twoclocks.run_folder import RunFolder
 from twoclocks.shapes import is_open
 
@@ -53,14 +53,6 @@ def open_port(export: Export) -> socket.socket | None:
             f"is another run exporting there? set another port, such as --set export.prometheus_port="
             f"{export.prometheus_port % 65535 + 1}"
         ) from None
-
-
-def is_wide(host: str) -> bool:
-    """Can others than this machine reach what listens there?"""
-    try:
-        return not ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host != "localhost"
 
 
 class Exporter:
@@ -119,7 +111,7 @@ def start_exporter(
     listener = open_port(experiment.export)
     if listener is not None:
         host, port = listener.getsockname()[:2]
-        log.info("Prometheus finds this run at http://%s:%s/metrics", f"[{host}]" if ":" in host else host, port)
+        log.info("Prometheus finds this run at http://%s:%s/metrics", shown(host), port)
         if is_wide(experiment.export.host):
             log.warning("export.host: whoever reaches %s:%s can read this run's figures and names", host, port)
     if listener is None and not otlp:

@@ -21,6 +21,7 @@ from prometheus_client import make_wsgi_app
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from twoclocks.bounded_input import BoundedInput
 from twoclocks.errors import RunFolderError
 from twoclocks.export import Job
 from twoclocks.families import families
@@ -33,7 +34,7 @@ TURN_S = 1.0
 PAGE_BYTES = 8 * 1024 * 1024
 """Read of a file at once: half a million chunks."""
 CLIENT_S = 5.0
-"""How long a client may be silent before it is hung up."""
+"""How long a client may be silent, and how long it may take to ask."""
 MAX_CLIENTS = 16
 
 
@@ -83,7 +84,11 @@ class Exporting(Collector):
 class Handler(WSGIRequestHandler):
     """One request a connection; says nothing of it."""
 
-    timeout = CLIENT_S
+    def setup(self) -> None:
+        """A client that says nothing, or something without end, is hung up."""
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(BoundedInput(self.connection, CLIENT_S, CLIENT_S))
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing."""

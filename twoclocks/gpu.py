@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import httpx
 
-from twoclocks.fetch import fetch
+from twoclocks.fetch import fetch_page
 from twoclocks.page import parse_page
 
 Row = dict[str, Any]
@@ -122,7 +122,7 @@ class _Dcgm:
         for url in self.urls:
             stamp = {"at": at, "source": "dcgm", "host": _host(url)}
             try:
-                page = fetch(self.client, url, max_bytes=MAX_PAGE_BYTES, seconds=PAGE_S)
+                page = fetch_page(self.client, url, max_bytes=MAX_PAGE_BYTES, seconds=PAGE_S)
                 rows += [stamp | row for row in dcgm_rows(page)]
             except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
                 rows.append(stamp | {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]})

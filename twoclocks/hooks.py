@@ -9,23 +9,29 @@ import resource
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from locust import events
+from locust.argument_parser import ui_extra_args_dict
 from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 
-from twoclocks.endpoint import make_endpoint, token_counter
-from twoclocks.errors import TwoclocksError
-from twoclocks.experiment import load_experiment
+from twoclocks.endpoint import make_endpoint, request_headers, secrets_of, token_counter
+from twoclocks.errors import ExperimentError, TwoclocksError
+from twoclocks.experiment import Experiment, load_experiment, replace
 from twoclocks.export import open_port
+from twoclocks.hosts import Agreed, agree, agreed_hosts, is_wide, origin_of, shown, somebody_is_there
 from twoclocks.levels import one_run_only
+from twoclocks.masks import tells_a_secret
 from twoclocks.master import MasterSide, apply_options
 from twoclocks.run_folder import refuse_existing
 from twoclocks.shapes import first_users, in_window, length_s
+from twoclocks.web_guard import check, guard, web_password
 from twoclocks.web_tab import add_tab
 from twoclocks.worker import WorkerSide
 from twoclocks.workload import load_workload
 
+log = logging.getLogger("twoclocks")
 DEFAULT_EXPERIMENT = Path(__file__).parent.parent / "configs" / "default.yaml"
 
 
@@ -84,6 +90,19 @@ def add_options(parser: Any) -> None:
         include_in_web_ui=False,
         help="leave out Locust's own tables at the end; a run of many would fill the screen with them",
     )
+    parser.add_argument(
+        "--yes",
+        action="store_true",
+        include_in_web_ui=False,
+        help="load for a host that is neither this machine nor in a private network is meant; asked for once a host",
+    )
+    parser.add_argument(
+        "--web-open",
+        action="store_true",
+        env_var="TWOCLOCKS_WEB_OPEN",
+        include_in_web_ui=False,
+        help="no login for a web UI that listens wider than this machine, since something else keeps others out",
+    )
     parser.set_defaults(web_host="127.0.0.1", master_bind_host="127.0.0.1")
 
 
@@ -109,9 +128,15 @@ def on_init(environment: Environment, runner: Any, **_: Any) -> None:
             listener.close()
         make_endpoint(settings.target, settings.timeouts)
         token_counter(settings.target.tokenizer)
+        agreed, interactive = agreed_hosts(), somebody_is_there()
+        agree(settings.target.url, agreed, yes=options.yes, interactive=interactive, say=log.warning)
+        if environment.web_ui is not None:
+            _close_to_others(environment.web_ui, options, settings, agreed)
     except TwoclocksError as error:
         sys.stderr.write(f"twoclocks: {error}\n")
         sys.exit(error.exit_code)
+    for text in _warnings(settings, options, isinstance(runner, MasterRunner)):
+        log.warning(text)
     load = settings.load
     users = first_users(load, options.expect_workers if isinstance(runner, MasterRunner) else 1)
     ramp_s = load.ramp_s if load.shape == "ramp" else 0.0
@@ -123,6 +148,45 @@ def on_init(environment: Environment, runner: Any, **_: Any) -> None:
     side = MasterSide(environment, runner, options, experiment, settings)
     if environment.web_ui is not None:
         add_tab(environment.web_ui, options.web_base_path, side.shown)
+
+
+def _close_to_others(web_ui: Any, options: Any, settings: Experiment, agreed: Agreed) -> None:
+    password, tls = web_password(), bool(options.tls_cert and options.tls_key)
+    host, port = options.web_host, options.web_port
+    for text in check(host, port, password, login=options.web_login, is_open=options.web_open, tls=tls):
+        log.warning(text)
+
+    def may_send(host: str) -> None:
+        url = settings.target.url
+        replace(settings, "target.url", host)
+        if origin_of(host) == origin_of(url):
+            return
+        if request_headers(settings.target) or secrets_of(settings.target):
+            raise ExperimentError(f"{host}: the key and the headers are for {url} alone; start with -H {host} instead")
+        agree(host, agreed, yes=options.yes, interactive=True, say=log.warning)
+
+    names = {host, urlsplit(f"//{(options.web_host_display_name or '').rpartition('//')[2]}").hostname or ""}
+    guard(web_ui, options.web_base_path, password, names, may_send, set(ui_extra_args_dict()))
+
+
+def _warnings(settings: Experiment, options: Any, is_master: bool) -> list[str]:
+    """What the user should know of who can reach this process's ports, and read its command line."""
+    told = [
+        f"--set {override.partition('=')[0]}: every user of this machine can read a command line; export the value and "
+        f"write --set '{override.partition('=')[0]}=${{NAME}}'"
+        for override in options.overrides
+        if tells_a_secret(override)
+    ]
+    collect = settings.collect
+    if is_wide(collect.otlp_host) and (collect.otlp_port, collect.otlp_grpc_port) != ("none", "none"):
+        told.append(f"collect.otlp_host: whoever reaches {shown(collect.otlp_host)} can send spans as if a server's")
+    host = options.master_bind_host
+    if is_master and is_wide(host):
+        told.append(
+            f"--master-bind-host: whoever reaches {shown(host)}:{options.master_bind_port} can join as a worker, which "
+            "is sent the experiment with its headers; keep it inside a network of your own"
+        )
+    return told
 
 
 def _raise_file_limit() -> None:

@@ -24,7 +24,8 @@ import msgspec
 from twoclocks import keeper
 from twoclocks.collect import Collectors, Job
 from twoclocks.errors import TargetError, TwoclocksError, plain
-from twoclocks.experiment import Experiment, Start, load_experiment, masked, masked_word
+from twoclocks.experiment import Experiment, Start, load_experiment
+from twoclocks.masks import masked, masked_word
 from twoclocks.record import Kind, Phase, Record, Status, encode_record, run_lengths
 from twoclocks.run_folder import RunFolder, first_meta, refuse_existing
 from twoclocks.servers import last_telling_line, server_environment

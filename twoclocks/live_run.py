@@ -27,6 +27,7 @@ from twoclocks.growing import Growing
 from twoclocks.live import LAST_S
 from twoclocks.metrics import PERCENTILES, Chunks, Floats, Ints, definition, distribution
 from twoclocks.record import GAVE_UP, HUNG_UP, LEFT, Record, decode_records
+from twoclocks.settings_yaml import load_yaml
 from twoclocks.terminal import GAUGE_LABELS, GOODPUT, LABELS, TOTALS
 from twoclocks.totals import GONE_S
 
@@ -391,7 +392,7 @@ def _chart(name: str, unit: str, columns: Sequence[str]) -> dict[str, Any]:
 
 def _experiment(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-        told = yaml.safe_load((folder / "experiment.yaml").read_text(encoding="utf-8"))
+        told = load_yaml((folder / "experiment.yaml").read_text(encoding="utf-8"))
         return told if isinstance(told, dict) else {}
     return {}
 

@@ -31,6 +31,7 @@ from twoclocks.metrics import Chunks, Floats
 from twoclocks.record import HUNG_UP, KINDS, Record, read_records
 from twoclocks.server_logs import log_requests
 from twoclocks.server_requests import read_server_requests
+from twoclocks.settings_yaml import load_yaml
 
 _Lists = tuple[Any, Any, list[bool]]  # chunk_us of all chunks, chunks of each request, does it tell its tokens?
 BATCH = 5000
@@ -240,7 +241,7 @@ def _meta(folder: Path) -> dict[str, Any]:
 def _experiment(folder: Path) -> dict[str, Any]:
     path = folder / "experiment.yaml"
     try:
-        experiment = yaml.safe_load(path.read_text(encoding="utf-8"))
+        experiment = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from twoclocks import keeper
 from twoclocks.errors import plain
+from twoclocks.masks import masked_command
 
 MAX_BYTES = 256 * 1024 * 1024
 """Copied of one log in all."""
@@ -250,7 +251,7 @@ class CommandTail:
                 if line.strip()
             ]
             said = f": {plain(lines[-1])[:300]}" if lines else ""
-            self.trouble = f"the command {self.command!r} ended with status {status}{said}"
+            self.trouble = f"the command {masked_command(self.command)!r} ended with status {status}{said}"
 
 
 Tail = FileTail | CommandTail

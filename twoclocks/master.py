@@ -26,11 +26,12 @@ from locust.runners import STATE_SPAWNING, STATE_STOPPED, MasterRunner
 from twoclocks import experiment as experiments
 from twoclocks.client import send
 from twoclocks.collect import Collectors, Job
-from twoclocks.endpoint import make_endpoint, request_headers, token_counter
+from twoclocks.endpoint import make_endpoint, request_headers, secrets_of, token_counter
 from twoclocks.errors import TwoclocksError, plain
-from twoclocks.experiment import Experiment, masked, masked_word
+from twoclocks.experiment import Experiment
 from twoclocks.export import Exporter, start_exporter
 from twoclocks.live import REFRESH_S, LiveView, Moment, is_shown
+from twoclocks.masks import masked, masked_word, redact
 from twoclocks.prefix_plan import Sent, intended
 from twoclocks.prompts import Prompt
 from twoclocks.reader import connect, reader_name
@@ -49,7 +50,8 @@ OPEN_LEAD_S = 0.25  # between the word to begin and the first request that is du
 WORKER_GRACE_S = 15.0  # beyond the drain, for a worker's last lines to arrive
 
 log = logging.getLogger("twoclocks")
-logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each control request says nothing to a user
+for _name in ("httpx", "httpcore"):  # a line for each control request says nothing to a user, but what headers it had
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 
 class MasterSide:
@@ -145,6 +147,7 @@ class MasterSide:
         prompts = self.prompts = in_window(load_workload(experiment), experiment.load)
         self.salt = new_salt()
         self.folder = RunFolder.create(experiment, self.options.run_folder)
+        model = redact(self.model, endpoint.secrets)  # as it is shown; requests name it as the server did
         self.zero_ns = time.monotonic_ns()
         target = experiment.target
         self.folder.write_meta(
@@ -157,8 +160,8 @@ class MasterSide:
                 "url": target.url,
                 "server": target.server,
                 "api": target.api,
-                "model": self.model,
-                "server_version": version,
+                "model": model,
+                "server_version": redact(version, endpoint.secrets),
             }
             | _started(self.options.started),
             workers=1,
@@ -187,7 +190,7 @@ class MasterSide:
         )
         StreamingUser.sender = self.sender
         if self.options.headless and is_shown():
-            title = f"twoclocks: {experiment.name}, {endpoint.target} at {target.url}, {self.model}"
+            title = f"twoclocks: {experiment.name}, {endpoint.target} at {target.url}, {model}"
             self.live = LiveView(title, experiment.load, self.folder.path / "server_samples.jsonl")
             self.drawing = gevent.spawn(self._draw, self.live)
         if not isinstance(self.runner, MasterRunner):  # there the workers send, and watch themselves
@@ -236,6 +239,7 @@ class MasterSide:
             ],
             interval_s=collect.metrics_interval_s,
             headers=request_headers(target),
+            secrets=list(secrets_of(target)),
             target_url=target.url,
             tls_verify=target.tls_verify,
             tls_cert=target.tls_cert,

@@ -16,11 +16,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
+from twoclocks.bounded_input import BoundedInput
+from twoclocks.masks import redact
 from twoclocks.otlp import SpanTold, attributes_of, decode, read_span, service_name, unzip
 from twoclocks.server_requests import ServerRequest, encode_server_request
 
 MAX_BODY = 4 * 1024 * 1024  # also gRPC's own limit, for which exporters cut their batches
-BODY_S = 10.0
+REQUEST_S = 10.0
 IDLE_S = 60.0  # an exporter sends a batch every 5 s
 MAX_CONNECTIONS = 64
 SPANS_PER_S = 10_000
@@ -55,8 +57,11 @@ class _Sent(msgspec.Struct):
 class SpanStore:
     """Takes what exporters send, keeps what concerns this run, counts the rest. Safe to be called by many threads."""
 
-    def __init__(self, folder: Path, stages: Mapping[str, str], now: Callable[[], float]) -> None:
+    def __init__(
+        self, folder: Path, stages: Mapping[str, str], now: Callable[[], float], secrets: Sequence[str] = ()
+    ) -> None:
         self.folder, self.stages, self.now = folder, stages, now  # stages: service.name -> name of the stage
+        self.secrets = secrets  # what the file may not show, though a server may say it
         self.lock = threading.RLock()
         self.out: FileIO | None = None  # opened for the first row, so that a run without spans has no such file
         self.held: list[SpanTold] = []
@@ -192,7 +197,8 @@ class SpanStore:
         try:
             if self.out is None:
                 self.out = (self.folder / "server_requests.jsonl").open("ab", buffering=0)
-            line = encode_server_request(request)
+            reason, told = redact(request.finish_reason, self.secrets), redact(request.told, self.secrets)
+            line = encode_server_request(msgspec.structs.replace(request, finish_reason=reason, told=told))
             while line:
                 line = line[self.out.write(line) :]
         except OSError as error:
@@ -334,7 +340,16 @@ class _HttpServer(ThreadingHTTPServer):
 class _HttpHandler(BaseHTTPRequestHandler):
     server: _HttpServer
     protocol_version = "HTTP/1.1"
-    timeout = IDLE_S
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.input = BoundedInput(self.connection, IDLE_S, REQUEST_S)
+        self.rfile = BufferedReader(self.input)
+
+    def handle_one_request(self) -> None:
+        self.input.rest()
+        super().handle_one_request()
 
     def do_POST(self) -> None:
         kind = (self.headers.get("content-type") or "").partition(";")[0].strip().lower()
@@ -367,13 +382,13 @@ class _HttpHandler(BaseHTTPRequestHandler):
             raise _Refusal(HTTPStatus.LENGTH_REQUIRED, "send a content-length") from None
         if not 0 <= length <= MAX_BODY:
             raise _Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"no more than {MAX_BODY} bytes, please")
-        body = b""
-        deadline = time.monotonic() + BODY_S
-        while len(body) < length:
-            piece = self.rfile.read1(min(65536, length - len(body)))
-            if not piece or time.monotonic() > deadline:
-                raise _Refusal(HTTPStatus.REQUEST_TIMEOUT, "the body is not whole")
-            body += piece
+        self.input.allow(length)
+        try:
+            body = self.rfile.read(length)
+        except TimeoutError:
+            body = b""
+        if len(body) < length:
+            raise _Refusal(HTTPStatus.REQUEST_TIMEOUT, "the body is not whole")
         encoding = (self.headers.get("content-encoding") or "identity").strip().lower()
         if encoding == "gzip":
             try:

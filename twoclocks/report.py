@@ -19,6 +19,7 @@ from twoclocks.errors import RunFolderError, plain
 from twoclocks.histogram_plot import server_histograms
 from twoclocks.load import Run, load_run
 from twoclocks.plots import timeline, violins
+from twoclocks.run_folder import refuse_links
 from twoclocks.spread import INTERVAL, figure_intervals, spread
 from twoclocks.stutter import stutter
 from twoclocks.summary import clean, cut_up, summarise
@@ -51,6 +52,7 @@ def build(folder: str | Path, progress: Callable[[str], None] = lambda _: None) 
     progress(f"computing the figures of {len(run.requests):,} requests")
     summary = complete(run)
     try:
+        refuse_links(run.path)
         (run.path / "plots").mkdir(exist_ok=True)
         write_json(run.path / "summary.json", summary)
         write_json(run.path / "vllm_bench.json", vllm_bench(run), indent=-1)  # every gap of every request

@@ -7,6 +7,7 @@ from pathlib import Path
 from twoclocks.child import Child, Progress, default_experiment, passing_signals_on, run_command
 from twoclocks.errors import TwoclocksError
 from twoclocks.experiment import Experiment, is_study, load_experiment
+from twoclocks.hosts import agree, agreed_hosts, somebody_is_there
 from twoclocks.run_folder import free_folder, refuse_existing
 from twoclocks.run_levels import SWEEP_FILE, LevelRuns, Levels, read_levels
 from twoclocks.run_study import StudyRuns
@@ -32,6 +33,8 @@ def run(options: Namespace, progress: Progress) -> int:
         raise TwoclocksError(
             "--url: target.start starts a server of its own; leave --url out, or --set target.start=null"
         )
+    for url in _urls(experiment):  # where nobody is there, the runs say it
+        agree(url, agreed_hosts(), yes=options.yes, interactive=somebody_is_there(), say=lambda _: None)
     server = None  # checked while Ctrl-C still ends this process at once
     if experiment.target.start is not None and not is_study(experiment):
         server = check(experiment.target.start)
@@ -43,6 +46,13 @@ def run(options: Namespace, progress: Progress) -> int:
         if options.resume:
             raise TwoclocksError(f"--resume: {path} is a single run, which cannot go on; leave --resume out")
         return _single(options, experiment, path, overrides, child, progress, server)
+
+
+def _urls(experiment: Experiment) -> set[str]:
+    """Where all of its runs send load."""
+    named = [one.get("url") for one in experiment.targets]
+    named += [one.set.get("target.url") for one in experiment.variants]
+    return {experiment.target.url, *(url for url in named if isinstance(url, str))}
 
 
 def _stored(folder: Path) -> Study | Levels:

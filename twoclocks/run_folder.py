@@ -10,6 +10,7 @@ import re
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import msgspec
 
 from twoclocks import __version__
 from twoclocks.errors import RunFolderError, TwoclocksError
-from twoclocks.experiment import Experiment, masked_word, to_yaml
+from twoclocks.experiment import Experiment, to_yaml
+from twoclocks.masks import masked_word
 
 
 class RunFolder:
@@ -99,8 +101,31 @@ def free_folder(experiment: Experiment) -> Path:
 
 def _folders(experiment: Experiment, now: datetime | None = None) -> list[Path]:
     stamp = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")  # a name people read: local time
-    first = f"{stamp}-" + re.sub(r"[^\w.-]+", "-", experiment.name)[:80]
+    first = f"{stamp}-{file_name(experiment.name, 80)}"
     return [Path(experiment.output, name) for name in (first, *(f"{first}-{number}" for number in range(2, 101)))]
+
+
+def file_name(text: str, most: int) -> str:
+    """Text as a part of a file's name: of letters, digits, dots and dashes alone, and ``most`` bytes at most."""
+    return re.sub(r"[^\w.-]+", "-", text).encode()[:most].decode("utf-8", "ignore")
+
+
+def beside(file: Path, folders: Iterable[str]) -> None:
+    """Raises RunFolderError unless all these names, which stand in ``file``, are of folders beside it."""
+    for name in folders:
+        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise RunFolderError(f"{file}: names {name!r}, which is no folder beside it")
+
+
+REPORT = ("plots", "summary.json", "summary.txt", "vllm_bench.json", "report.html", "report.md")
+"""What is written into a folder that may be another's."""
+
+
+def refuse_links(folder: Path) -> None:
+    """Raises RunFolderError if what a report writes into this folder would lie elsewhere."""
+    for path in [*(folder / name for name in REPORT), *(folder / "plots").glob("*")]:
+        if path.is_symlink():
+            raise RunFolderError(f"{path}: is a link, and where it leads would be overwritten; delete it")
 
 
 def refuse_existing(path: Path) -> None:

@@ -13,14 +13,16 @@ import msgspec
 
 from twoclocks import __version__
 from twoclocks.child import INTERRUPTED, Child, Progress, outcome, put_aside, refuse_another, save_json
-from twoclocks.endpoint import request_headers, tls_context
 from twoclocks.errors import RunFolderError
-from twoclocks.experiment import Experiment, Target, masked_word
+from twoclocks.experiment import Experiment, Target
+from twoclocks.fetch import fetch
 from twoclocks.levels import RULE, Evidence, Found, Next, Probe, judge, next_probe, sweep_levels
-from twoclocks.run_folder import make_folder
-from twoclocks.target import base_url
+from twoclocks.masks import masked_word
+from twoclocks.run_folder import beside, make_folder
+from twoclocks.target import MAX_ANSWER_BYTES, control_client
 
 SWEEP_FILE = "sweep.json"
+RESET_S = 30.0
 
 
 class Level(msgspec.Struct, kw_only=True):
@@ -61,11 +63,13 @@ class Levels(msgspec.Struct, kw_only=True):
 def read_levels(folder: Path) -> Levels:
     """sweep.json of a folder. Raises RunFolderError."""
     try:
-        return msgspec.json.decode((folder / SWEEP_FILE).read_bytes(), type=Levels)
+        levels = msgspec.json.decode((folder / SWEEP_FILE).read_bytes(), type=Levels)
     except FileNotFoundError:
         raise RunFolderError(f"{folder}: holds no {SWEEP_FILE}; give the folder of a sweep or a search") from None
     except (OSError, msgspec.MsgspecError) as error:
         raise RunFolderError(f"{folder / SWEEP_FILE}: cannot be read: {' '.join(str(error).split())}") from None
+    beside(folder / SWEEP_FILE, [level.folder for level in levels.levels])
+    return levels
 
 
 class LevelRuns:
@@ -227,10 +231,9 @@ def probe_text(probe: Probe, required: float) -> str:
 
 def reset_server(target: Target, path: str) -> str:
     """Send the reset call: "done", or why not."""
-    verify = tls_context(target.tls_verify, target.tls_cert)
     try:
-        with httpx.Client(headers=request_headers(target), verify=verify, timeout=30) as client:
-            response = client.post(base_url(target) + path)
-    except httpx.HTTPError as error:
+        with control_client(target, RESET_S) as client:
+            status, _ = fetch(client, path, method="POST", max_bytes=MAX_ANSWER_BYTES, seconds=RESET_S)
+    except (httpx.HTTPError, ValueError) as error:
         return f"no answer ({type(error).__name__})"
-    return "done" if response.is_success else f"status {response.status_code}"
+    return "done" if 200 <= status < 300 else f"status {status}"

@@ -23,7 +23,8 @@ from twoclocks.child import (
     save_json,
 )
 from twoclocks.errors import ExperimentError, TargetError
-from twoclocks.experiment import Experiment, load_experiment, masked_word
+from twoclocks.experiment import Experiment, load_experiment
+from twoclocks.masks import masked_word
 from twoclocks.run_folder import make_folder
 from twoclocks.run_levels import LevelRuns
 from twoclocks.start import check, served

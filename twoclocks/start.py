@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import yaml
 
 from twoclocks import experiment as experiments
-from twoclocks.endpoint import request_headers
+from twoclocks.endpoint import request_headers, secrets_of
 from twoclocks.errors import TargetError
-from twoclocks.experiment import Experiment, Start, Target, masked, masked_argv
+from twoclocks.experiment import Experiment, Start, Target
 from twoclocks.interpreters import Probe, check_packages, find_python, probe
+from twoclocks.masks import masked, masked_argv, redact
 from twoclocks.models import GB, Model, dtype_bytes, find_model, kv_bytes_per_token, weights_in_memory
 from twoclocks.servers import (
     USUAL_START,
@@ -34,6 +34,7 @@ from twoclocks.servers import (
     started_command,
     usable_port,
 )
+from twoclocks.settings_yaml import load_yaml
 
 GIB = 2**30
 VLLM_SHARE = 0.9
@@ -116,22 +117,35 @@ def started(
     start, port = target.start, usable_port(target.start.port)
     command, name = command_line(plan, port)
     from_hub = start.kind == "command" or (plan.model is not None and plan.model.name != str(plan.model.folder))
-    with started_command(
-        command,
-        name=target.name or start.kind,
-        url=f"http://127.0.0.1:{port}",
-        model=name,
-        log_path=log_path,
-        env=server_environment(start.kind, start.env, device=plan.device, from_hub=from_hub),
-        ready_timeout_s=start.ready_s,
-        progress=progress,
-        api=target.api,
-        stream=target.stream,
-        headers=request_headers(target),
-        usual=USUAL_START.get(start.kind) if plan.device == "cpu" else None,
-        stopped=stopped,
-    ) as server:
+    secrets = secrets_of(target)  # which a server may log, or say, where it refuses to start
+    with (
+        _without(secrets),
+        started_command(
+            command,
+            name=target.name or start.kind,
+            url=f"http://127.0.0.1:{port}",
+            model=name,
+            log_path=log_path,
+            env=server_environment(start.kind, start.env, device=plan.device, from_hub=from_hub),
+            ready_timeout_s=start.ready_s,
+            progress=progress,
+            api=target.api,
+            stream=target.stream,
+            headers=request_headers(target),
+            usual=USUAL_START.get(start.kind) if plan.device == "cpu" else None,
+            stopped=stopped,
+        ) as server,
+    ):
         yield Started(server, _facts(plan, command, server))
+
+
+@contextlib.contextmanager
+def _without(secrets: Sequence[str]) -> Iterator[None]:
+    """TargetErrors of this block without what may be secret."""
+    try:
+        yield
+    except TargetError as error:
+        raise TargetError(redact(str(error), secrets)) from None
 
 
 @contextlib.contextmanager
@@ -159,7 +173,7 @@ def served(
         for setting in server.settings(experiment):
             options += ["--set", setting]
             key, _, value = setting.partition("=")
-            experiment = experiments.replace(experiment, key, yaml.safe_load(value))
+            experiment = experiments.replace(experiment, key, load_yaml(value))
         yield experiment, options
 
 
@@ -210,7 +224,7 @@ def _fill(word: str, values: dict[str, str]) -> str:
 
 def _as_yaml(value: str) -> str:
     """Text that YAML reads as this very text."""
-    return value if yaml.safe_load(value) == value else msgspec.json.encode(value).decode()
+    return value if load_yaml(value) == value else msgspec.json.encode(value).decode()
 
 
 def _check_command(start: Start, python: Path) -> None:

@@ -4,7 +4,6 @@ Each run of it is a cell: one target, one variant, one repeat. `study.json` in t
 are and what became of them; the folder of each lies beside it. run_study.py makes them, study_report.py reads them.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ import msgspec
 
 from twoclocks.errors import RunFolderError
 from twoclocks.experiment import Experiment
+from twoclocks.run_folder import beside, file_name
 
 STUDY_FILE = "study.json"
 
@@ -90,18 +90,20 @@ def _turned(names: list[str], repeat: int) -> list[str]:
 
 
 def _folder(number: int, *names: str) -> str:
-    words = [re.sub(r"[^\w.-]+", "-", name)[:40] for name in names if name]
+    words = [file_name(name, 60) for name in names if name]
     return "-".join([f"{number:02d}", *words])
 
 
 def read_study(folder: Path) -> Study:
     """study.json of a folder. Raises RunFolderError."""
     try:
-        return msgspec.json.decode((folder / STUDY_FILE).read_bytes(), type=Study)
+        study = msgspec.json.decode((folder / STUDY_FILE).read_bytes(), type=Study)
     except FileNotFoundError:
         raise RunFolderError(f"{folder}: holds no {STUDY_FILE}; give the folder of a study") from None
     except (OSError, msgspec.MsgspecError) as error:
         raise RunFolderError(f"{folder / STUDY_FILE}: cannot be read: {' '.join(str(error).split())}") from None
+    beside(folder / STUDY_FILE, [cell.folder for cell in study.cells])
+    return study
 
 
 def finished(study: Study) -> Sequence[Cell]:

@@ -16,6 +16,8 @@ from twoclocks import __version__, report, study_plot, study_tables, study_text
 from twoclocks.errors import RunFolderError
 from twoclocks.experiment import Claim
 from twoclocks.plots import Shown, violins
+from twoclocks.run_folder import refuse_links
+from twoclocks.settings_yaml import load_yaml
 from twoclocks.study import Cell, Study, read_study
 from twoclocks.study_arms import Arm, pooled, read_arms
 from twoclocks.study_figures import Figure, figures
@@ -90,6 +92,7 @@ def build(folder: Path, progress: Callable[[str], None] = lambda _: None) -> Bui
     }
     summary = clean(summary)
     try:
+        refuse_links(folder)
         (folder / PLOTS).mkdir(exist_ok=True)
         report.write_json(folder / "summary.json", summary)
         (folder / "summary.txt").write_text(study_text.terminal_text(summary), encoding="utf-8")
@@ -243,7 +246,7 @@ def _draw(folder: Path, summary: dict[str, Any], shown: Sequence[Shown]) -> dict
 
 def _experiment(folder: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(_text(folder))
+        raw = load_yaml(_text(folder))
     except yaml.YAMLError as error:
         raise RunFolderError(f"{folder / 'experiment.yaml'}: cannot be read: {' '.join(str(error).split())}") from None
     return raw if isinstance(raw, dict) else {}

@@ -3,10 +3,15 @@
 import httpx
 import msgspec
 
-from twoclocks.endpoint import request_headers, tls_context
-from twoclocks.errors import TargetError
+from twoclocks.endpoint import request_headers, secrets_of, tls_context
+from twoclocks.errors import TargetError, plain
 from twoclocks.experiment import Target
+from twoclocks.fetch import Moved, fetch
+from twoclocks.masks import redact
 
+MAX_ANSWER_BYTES = 1024 * 1024
+ANSWER_S = 10.0
+MAX_NAME_CHARS = 500
 HAS_METRICS = {"vllm", "tgi", "sglang", "llamacpp", "pytorch", "other"}
 
 
@@ -26,8 +31,7 @@ def metrics_urls(target: Target, setting: str | list[str]) -> list[str]:
 
 def resolve(target: Target) -> tuple[str, str | None]:
     """(model to name in requests, server version or None). Raises TargetError if the server cannot be used."""
-    verify = tls_context(target.tls_verify, target.tls_cert)
-    with httpx.Client(base_url=base_url(target), headers=request_headers(target), verify=verify, timeout=10) as client:
+    with control_client(target) as client:
         version = _version(client, target)
         return (target.model if target.model != "auto" else _first_model(client, target)), version
 
@@ -35,42 +39,47 @@ def resolve(target: Target) -> tuple[str, str | None]:
 def _version(client: httpx.Client, target: Target) -> str | None:
     """Also the proof that something answers. Where there is no /version, its 404 is as good."""
     try:
-        response = client.get("/version")
+        status, body = fetch(client, "/version", max_bytes=MAX_ANSWER_BYTES, seconds=ANSWER_S)
+    except (Moved, ValueError):
+        return None  # no version that we could read, but somebody answers
     except httpx.HTTPError as error:
         how = "start the server, or name another with -H http://HOST:PORT"
         if target.start is not None:
             how = "`twoclocks run` starts the server of target.start, Locust by itself does not"
-        raise TargetError(f"{target.url}: not reachable ({_reason(error)}); {how}") from None
+        raise TargetError(f"{target.url}: not reachable ({_reason(error, target)}); {how}") from None
     try:
-        version = msgspec.json.decode(response.content, type=dict[str, object]).get("version")
+        version = msgspec.json.decode(body, type=dict[str, object]).get("version")
     except (msgspec.MsgspecError, RecursionError):
         return None
-    return str(version) if response.is_success and version else None
+    return str(version)[:MAX_NAME_CHARS] if 200 <= status < 300 and version else None
 
 
 def _first_model(client: httpx.Client, target: Target) -> str:
     how = "name it with --set target.model=NAME"
     try:
-        response = client.get("/v1/models")
-    except httpx.HTTPError as error:
-        raise TargetError(f"{target.url}/v1/models: no answer ({_reason(error)}); {how}") from None
-    if response.status_code in (401, 403):
-        raise TargetError(
-            f"{target.url}/v1/models: status {response.status_code}; put the API key into {target.api_key_env}"
-        )
-    if not response.is_success:
-        raise TargetError(f"{target.url}/v1/models: status {response.status_code}; {how}")
+        status, body = fetch(client, "/v1/models", max_bytes=MAX_ANSWER_BYTES, seconds=ANSWER_S)
+    except (httpx.HTTPError, ValueError) as error:
+        raise TargetError(f"{target.url}/v1/models: no answer ({_reason(error, target)}); {how}") from None
+    if status in (401, 403):
+        where = f"the file {target.api_key_file}" if target.api_key_file else target.api_key_env
+        raise TargetError(f"{target.url}/v1/models: status {status}; put the API key into {where}")
+    if not 200 <= status < 300:
+        raise TargetError(f"{target.url}/v1/models: status {status}; {how}")
     try:
-        models = msgspec.json.decode(response.content)["data"]
-        return str(models[0]["id"])
+        models = msgspec.json.decode(body)["data"]
+        return str(models[0]["id"])[:MAX_NAME_CHARS]
     except (msgspec.DecodeError, RecursionError, KeyError, IndexError, TypeError):
         raise TargetError(f"{target.url}/v1/models: names no model; {how}") from None
 
 
-def _reason(error: httpx.HTTPError) -> str:
+def control_client(target: Target, timeout_s: float = ANSWER_S) -> httpx.Client:
+    """Asks a target what is not load. Nothing that it answers makes this client ask anybody else."""
+    verify = tls_context(target.tls_verify, target.tls_cert)
+    return httpx.Client(base_url=base_url(target), headers=request_headers(target), verify=verify, timeout=timeout_s)
+
+
+def _reason(error: Exception, target: Target) -> str:
     # what httpx says of a header that it cannot send holds the header
-    return (
-        "a header that cannot be sent"
-        if isinstance(error, httpx.LocalProtocolError)
-        else str(error) or type(error).__name__
-    )
+    if isinstance(error, httpx.LocalProtocolError):
+        return "a header that cannot be sent"
+    return plain(redact(str(error) or type(error).__name__, secrets_of(target)))[:300]

@@ -20,6 +20,7 @@ from twoclocks.client import Connection, Origin, send
 from twoclocks.endpoint import Endpoint
 from twoclocks.errors import plain
 from twoclocks.experiment import Experiment
+from twoclocks.masks import redact
 from twoclocks.prefix_plan import Sent
 from twoclocks.reader import connect
 from twoclocks.record import LEFT, STOPPED, Record, encode_record, token_span_s
@@ -122,9 +123,10 @@ class Sender(msgspec.Struct):
             self.sent.add(plan.prompt, answer, session=sessions != "none")
 
     def line(self, record: Record) -> bytes:
-        """Its line of requests.jsonl, without an answer's text that was for the history alone."""
-        if record.output_text is not None and not self.experiment.output_text:
-            record = msgspec.structs.replace(record, output_text=None)
+        """Its line of requests.jsonl, without an answer's text that was for the history alone, or a key in the text."""
+        if record.output_text is not None:
+            shown = redact(record.output_text, self.endpoint.secrets) if self.experiment.output_text else None
+            record = msgspec.structs.replace(record, output_text=shown)
         return encode_record(record)
 
     def look_for_the_end(self) -> None:
