@@ -56,6 +56,7 @@ lock:
 	@$(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	@build/lock/bin/uv pip compile --quiet --universal --generate-hashes --no-annotate --python-version 3.11 \
 	  --extra dev --group build --custom-compile-command "make lock" pyproject.toml --output-file requirements.lock $(ARGS)
+	@sed -n 's/^\([a-z0-9.-]*==[^ ;]*\).*/\1/p' requirements.lock > constraints.txt  # for the image, and for `twoclocks doctor`
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -44,6 +44,10 @@ def test_what_runs_here_is_what_is_pinned():
         assert version(name) == audit.pins(LOCK)[name]
 
 
+def test_the_list_without_hashes_is_the_same():
+    assert audit.pins((ROOT / "constraints.txt").read_text()) == audit.pins(LOCK)
+
+
 def test_pins_of_a_list():
     text = (
         "# a list\nTorch==2.13.0+cpu\nzope.event==6.2 ; sys_platform == 'linux' \\\n    --hash=sha256:00\nnot a pin\n"

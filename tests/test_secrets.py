@@ -21,7 +21,7 @@ KEY, HEADER, BODY, PAIR = "sk-planted-0001", "planted-header-0002", "planted-bod
 PLANTED = (KEY, HEADER, BODY, PAIR)
 ECHO = " ".join(PLANTED)
 BASIC = "Basic " + base64.b64encode(f"user:{PAIR}".encode()).decode()
-LOG = "import os, time\nwhile True: print('asked with', os.environ['PLANTED_KEY'], flush=True); time.sleep(0.1)"
+LOG = "import os, time; [print(os.environ['PLANTED_KEY'], flush=True) or time.sleep(0.1) for _ in range(1000)]"
 PAGES = ["/", "/login", "/tasks", "/logs", "/exceptions", "/exceptions/csv", "/stats/requests", "/stats/requests/csv"]
 PAGES += ["/stats/failures/csv", "/stats/report", "/stats/report?download=1", "/worker-count"]
 PAGES += [f"/twoclocks/{name}" for name in ("live.json", "requests.jsonl", "live.js", "live.css")]

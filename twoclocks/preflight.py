@@ -5,7 +5,6 @@ Over httpx, in any process: how long the answer took is of no interest here, onl
 
 import math
 import time
-from functools import reduce
 from typing import Any
 
 import httpx
@@ -14,15 +13,16 @@ import msgspec
 from twoclocks.client import TGI_HEADERS
 from twoclocks.clocks import METRICS
 from twoclocks.dialect import Body, Stream, read_answer, read_stream
-from twoclocks.endpoint import PATHS, make_endpoint, request_headers, tls_context
+from twoclocks.endpoint import PATHS, make_endpoint
 from twoclocks.errors import TargetError, plain
 from twoclocks.experiment import Experiment, Server, Target, Timeouts, Workload
-from twoclocks.fetch import fetch
+from twoclocks.fetch import PLAIN, fetch, fetch_page
 from twoclocks.join import Timing, in_band
+from twoclocks.masks import redact
 from twoclocks.page import parse_page
 from twoclocks.prompts import Prompt
 from twoclocks.record import TOKEN_KINDS
-from twoclocks.target import base_url, metrics_urls, resolve
+from twoclocks.target import control_client, metrics_urls, resolve
 from twoclocks.workload import plans
 
 TOKENS = 4
@@ -59,15 +59,11 @@ def look_at_server(target: Target) -> ServerFacts:
         model, version = resolve(target)
     except TargetError as error:
         return msgspec.structs.replace(known, unreachable=str(error))
-    known = msgspec.structs.replace(known, model=model, version=version)
-    verify = tls_context(target.tls_verify, target.tls_cert)
-    headers = request_headers(target)
-    with httpx.Client(base_url=base_url(target), headers=headers, verify=verify, timeout=PAGE_S) as client:
-        known = msgspec.structs.replace(known, named=_named(client), **_page(client, target))
-        told = _answer(client, target, model)
-    if told.get("refused"):  # some say the key back when they refuse it
-        told["refused"] = reduce(lambda words, secret: words.replace(secret, "***"), endpoint.secrets, told["refused"])
-    return msgspec.structs.replace(known, **told)
+    with control_client(target, PAGE_S) as client:
+        told = {"named": _named(client), **_page(client, target), **_answer(client, target, model)}
+    # some say the key back when they refuse it
+    shown = redact(told | {"model": model, "version": version}, endpoint.secrets)
+    return msgspec.structs.replace(known, **shown)
 
 
 def _named(client: httpx.Client) -> Server | None:
@@ -76,8 +72,9 @@ def _named(client: httpx.Client) -> Server | None:
     Other names are not taken for the server's: gateways in front of anything say "openai".
     """
     try:
-        owner = client.get("/v1/models").json()["data"][0]["owned_by"]
-    except (httpx.HTTPError, ValueError, LookupError, TypeError):
+        _, body = fetch(client, "/v1/models", max_bytes=MAX_ANSWER_BYTES, seconds=PAGE_S)
+        owner = msgspec.json.decode(body)["data"][0]["owned_by"]
+    except (httpx.HTTPError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return owner if owner in ("vllm", "sglang", "llamacpp") else None
 
@@ -85,7 +82,7 @@ def _named(client: httpx.Client) -> Server | None:
 def _page(client: httpx.Client, target: Target) -> dict[str, Any]:
     for url in metrics_urls(target, "auto"):
         try:
-            return {"series": len(parse_page(fetch(client, url, max_bytes=MAX_PAGE_BYTES, seconds=PAGE_S))[0])}
+            return {"series": len(parse_page(fetch_page(client, url, max_bytes=MAX_PAGE_BYTES, seconds=PAGE_S))[0])}
         except (httpx.HTTPError, ValueError) as error:
             return {"page": _one_line(error)}
     return {}
@@ -96,10 +93,10 @@ def _answer(client: httpx.Client, target: Target, model: str) -> dict[str, Any]:
     asked = Prompt(id="preflight", body={"messages": [{"role": "user", "content": "Hello"}]})
     plan = next(plans(Experiment(target=target, workload=Workload(max_tokens=TOKENS)), [asked], model))
     body, deadline = bytearray(), time.monotonic() + ANSWER_S
-    own = {"Content-Type": "application/json", "X-Request-Id": plan.request_id}
+    own = {"Content-Type": "application/json", "X-Request-Id": plan.request_id, **PLAIN}
     try:
         with client.stream("POST", path, content=plan.body, headers=own, timeout=ANSWER_S) as response:
-            for piece in response.iter_bytes():
+            for piece in response.iter_raw():
                 body += piece
                 if len(body) > MAX_ANSWER_BYTES or time.monotonic() > deadline:
                     return {"refused": f"its answer to a request for {TOKENS} tokens did not end"}
