@@ -151,7 +151,7 @@ def test_a_person_logs_in(closed_ui):
         for letter in PASSWORD:
             page.press(letter)
         page.ask("document.querySelector('button[type=submit]').click()")
-        page.wait("document.body.innerText.includes('START')")
+        page.wait("!!document.body?.innerText.includes('START')")
         told = page.ask("fetch('/stats/requests').then((r) => r.json()).then((told) => told.state)")
 
     assert told == "ready"

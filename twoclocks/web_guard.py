@@ -30,7 +30,7 @@ WRONG_S = 1.0  # a wrong password costs this, one after the other
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with none at all a form would not say where it is from
 }
 
 

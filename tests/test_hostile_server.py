@@ -1,25 +1,28 @@
-"""Keys: planted in every place, said back by a hostile server in every way, and then looked for everywhere."""
+"""One run against a server that says back every key it was sent, and markup, and control characters, wherever a server
+can say something. Then all that the run shows is looked through: files, output, processes, pages.
+"""
 
 import base64
 import json
+import re
 import sys
 from pathlib import Path
 
 import httpx
-import msgspec
 import pytest
+from browser import CHROMIUM, browser
 from fake_server import CLOSE, DONE, END, HEAD, FakeServer, answer, chunked, delta, event, response, usage
 from locust_runs import free_port, only_run, started, wait_for
 from make_spans import export, vllm_span
 
-from twoclocks.endpoint import make_endpoint, request_headers, secrets_of
-from twoclocks.errors import ExperimentError
-from twoclocks.experiment import Start, Target, Timeouts, load_experiment
-from twoclocks.masks import masked, masked_command, redact, secret_words, tells_a_secret
+from twoclocks import compare, tables
 
 KEY, HEADER, BODY, PAIR = "sk-planted-0001", "planted-header-0002", "planted-body-0003", "planted-pair-0004"
 PLANTED = (KEY, HEADER, BODY, PAIR)
-ECHO = " ".join(PLANTED)
+MARKUP = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1> =1+1"
+STEER = "\x1b]0;hacked\x07"  # a terminal's title
+ECHO = f"{' '.join(PLANTED)} {MARKUP}"
+SAID = f"*** *** *** *** {MARKUP}"
 BASIC = "Basic " + base64.b64encode(f"user:{PAIR}".encode()).decode()
 LOG = "import os, time; [print(os.environ['PLANTED_KEY'], flush=True) or time.sleep(0.1) for _ in range(1000)]"
 PAGES = ["/", "/login", "/tasks", "/logs", "/exceptions", "/exceptions/csv", "/stats/requests", "/stats/requests/csv"]
@@ -33,7 +36,7 @@ class Hostile(FakeServer):
     def __init__(self, otlp: str) -> None:
         super().__init__()
         self.otlp, self.spans = otlp, 0
-        self.pages["GET /v1/models"] = response(200, json.dumps({"data": [{"id": f"model {ECHO}"}]}).encode())
+        self.pages["GET /v1/models"] = response(200, json.dumps({"data": [{"id": f"model {ECHO}{STEER}"}]}).encode())
         self.pages["GET /version"] = response(200, json.dumps({"version": f"1 {ECHO}"}).encode())
         page = f'# HELP a {ECHO}\n# TYPE a gauge\na{{key="{ECHO}"}} 1\nvllm:num_requests_running 0\n'
         self.metrics = lambda: response(200, page.encode(), "text/plain", f"x-key: {KEY}\r\n")
@@ -41,11 +44,11 @@ class Hostile(FakeServer):
         self.answers = [
             answer(delta(content=f"you sent {KEY[:7]}"), delta(content=f"{KEY[7:]} and {ECHO}", finish_reason=ECHO),
                    event({"choices": [], "metrics": {"note": ECHO}}), usage(9), DONE),
-            response(401, json.dumps({"error": {"message": f"no key: {ECHO}"}}).encode(), headers=f"x-k: {KEY}\r\n"),
+            response(401, event({"error": {"message": f"no key: {ECHO} {STEER}"}})[6:], headers=f"x-key: {KEY}\r\n"),
             response(500, f"<h1>{'x' * 480} {ECHO}</h1>".encode(), "text/html"),
             response(302, b"", headers=f"location: http://127.0.0.1:9/{KEY}\r\n"),
             [f"HTTP/9 {ECHO}\r\n\r\n".encode(), CLOSE],
-            [HEAD, chunked(event({"error": {"message": ECHO}})), CLOSE],
+            [HEAD, chunked(event({"error": {"message": f"{MARKUP} {ECHO}{STEER}"}})), CLOSE],
             [HEAD, chunked(f"data: {{{ECHO}\n\n".encode()), END],
         ]  # fmt: skip
 
@@ -61,11 +64,42 @@ class Hostile(FakeServer):
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    """All that a run with planted keys shows: {where: bytes}."""
+def page():
+    if CHROMIUM is None:
+        yield None
+        return
+    with browser() as one:
+        one.size(1280)
+        yield one
+
+
+def _look_at_tabs(page, url):
+    """(which tab, what the page shows there) of Locust's UI; `hacked` in front where markup came to life."""
+    page.call("Page.navigate", url=url)
+    page.wait("document.querySelectorAll('[role=tab]').length > 5")
+    for number in range(page.ask("document.querySelectorAll('[role=tab]').length")):
+        name = page.ask(
+            f"(t => {{ t.click(); return t.textContent; }})(document.querySelectorAll('[role=tab]')[{number}])"
+        )
+        page.wait("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")
+        if name == "FAILURES":
+            page.wait("document.body.innerText.includes('http_401')")
+        if name == "LLM metrics":
+            page.wait("document.querySelector('.twoclocks h2')?.textContent.length > 0")
+        yield name, str(page.ask("[window.hacked, document.body.innerText]")).encode()
+    page.call("Page.navigate", url=f"{url}/stats/report")
+    page.wait("document.body?.innerText.includes('Failures Statistics')")
+    yield "report", str(page.ask("[window.hacked, document.body.innerText]")).encode()
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory, page):
+    """All that the run shows: {where: bytes}; the folder; the headers that the server heard."""
     place = tmp_path_factory.mktemp("secrets")
     key_file = place / "key.txt"
     key_file.write_text(KEY + "\n")
+    prompts = place / "prompts.jsonl"
+    prompts.write_text(json.dumps({"id": f"{MARKUP}{STEER}", "prompt": "Hello"}))
     found: dict[str, bytes] = {}
     otlp, exporting, web = free_port(), free_port(), free_port()
     experiment = place / "experiment.yaml"
@@ -81,6 +115,9 @@ def told(tmp_path_factory):
                 "collect": {"log": f"command:{sys.executable} -c {json.dumps(LOG)}", "metrics_interval_s": 0.3},
                 "export": {"prometheus_port": exporting},
                 "output_text": True,
+                "name": MARKUP,
+                "labels": {MARKUP: MARKUP},
+                "workload": {"requests": str(prompts)},
             }
         )
     )
@@ -103,9 +140,11 @@ def told(tmp_path_factory):
                     found[f"argv of {path}"] = path.read_bytes()
                 except OSError:
                     continue
-            for page in PAGES:
-                got = httpx.get(url + page)
-                found[page] = str(got.headers).encode() + got.content
+            for path in PAGES:
+                got = httpx.get(url + path)
+                found[path] = str(got.headers).encode() + got.content
+            if page is not None:
+                found |= {f"hacked {where}": text for where, text in _look_at_tabs(page, url)}
             found["exporter"] = httpx.get(f"http://127.0.0.1:{exporting}/metrics").content
             httpx.post(f"{url}/stop", timeout=60).raise_for_status()
             wait_for(lambda: (only_run(runs) / "report.html").exists())
@@ -113,7 +152,7 @@ def told(tmp_path_factory):
             output, _ = process.communicate(timeout=60)
     found["output"] = output.encode()
     found |= {str(path.relative_to(runs)): path.read_bytes() for path in runs.rglob("*") if path.is_file()}
-    return found, server.heard
+    return found, only_run(runs), server.heard
 
 
 def _answers(url) -> bool:
@@ -124,7 +163,7 @@ def _answers(url) -> bool:
 
 
 def test_planted_keys_were_sent_and_are_nowhere_to_be_found(told):
-    found, heard = told
+    found, _, heard = told
 
     assert {headers["authorization"] for headers in heard} == {f"Bearer {KEY}"}
     assert {headers["x-other"] for headers in heard} == {HEADER}
@@ -136,7 +175,7 @@ def test_planted_keys_were_sent_and_are_nowhere_to_be_found(told):
 
 def test_no_one_saw_too_little_to_say_so(told):
     """Each of the places was really filled with what the server said."""
-    found, _ = told
+    found, _, _ = told
     run = next(name for name in found if name.endswith("/requests.jsonl") and not name.startswith("/"))
     records = [json.loads(line) for line in found[run].splitlines()]
     folder = run.rpartition("/")[0]
@@ -144,9 +183,9 @@ def test_no_one_saw_too_little_to_say_so(told):
 
     assert {"http_401", "http_500", "http_302", "protocol", "error_event", "malformed"} <= kinds
     answered = next(record for record in records if record["output_text"])
-    assert answered["output_text"] == "you sent *** and *** *** *** ***"
-    assert (answered["finish_reason"], answered["server"]["note"]) == ("*** *** *** ***", "*** *** *** ***")
-    assert json.loads(found[f"{folder}/run.json"])["target"]["model"] == "model *** *** *** ***"
+    assert answered["output_text"] == f"you sent *** and {SAID}"
+    assert (answered["finish_reason"], answered["server"]["note"]) == (SAID, SAID)
+    assert json.loads(found[f"{folder}/run.json"])["target"]["model"] == f"model {SAID}{STEER}"
     for name in ("server_samples.jsonl", "server.log", "server_requests.jsonl", "experiment.yaml", "report.html"):
         assert b"***" in found[f"{folder}/{name}"], name
     assert b'"cut":"' + b"x" * 190 + b'***"' in found[f"{folder}/server_requests.jsonl"]  # 200 characters are kept
@@ -162,117 +201,47 @@ def test_no_one_saw_too_little_to_say_so(told):
     assert any(b"twoclocks.collector" in text for text in found.values())
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "target.url=http://user:planted-0005@127.0.0.1:1",
-        "target.url=ftp://user:planted-0005@127.0.0.1:1",
-        "target.url=http://127.0.0.1:1/?api_key=planted-0005",
-        "collect.metrics_url=[http://user:planted-0005@127.0.0.1:1/metrics]",
-        "collect.metrics_url=[http://127.0.0.1:1/metrics?token=planted-0005]",
-        "collect.gpu=[http://user:planted-0005@127.0.0.1:1/metrics]",
-        "target.stages=[{name: a, metrics_url: http://user:planted-0005@127.0.0.1:1/metrics}]",
-        "target.headers.Authorization: planted-0005",
-        "target.headers={X-Key: [planted-0005]}",
-        "target.headers=planted-0005",
-    ],
-)
-def test_a_key_where_it_would_be_written_down_is_refused_and_not_shown(tmp_path, setting):
-    path = tmp_path / "x.yaml"
-    path.write_text("{}")
-    with pytest.raises(ExperimentError) as caught:
-        load_experiment(path, [setting])
+def test_markup_stays_text_in_locusts_own_pages(told, page):
+    if page is None:
+        pytest.skip("no Chromium here")
+    found, _, _ = told
+    seen = {where: text for where, text in found.items() if where.startswith("hacked ")}
 
-    assert "planted" not in str(caught.value)
+    assert {"hacked STATISTICS", "hacked FAILURES", "hacked LOGS", "hacked LLM metrics", "hacked report"} <= seen.keys()
+    assert {where for where, text in seen.items() if not text.startswith(b"[None, ")} == set()
+    for where in ("hacked FAILURES", "hacked report", "hacked LLM metrics"):
+        assert b"<script>window.hacked=1</script>" in seen[where], where
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "expected the key, on one line, and nothing else"),
-        ("one\ntwo", "expected the key, on one line, and nothing else"),
-        ("\udcff", "is no text"),
-        (None, "cannot be read: No such file or directory"),
-        ("x" * 20_000, "expected the key, on one line, and nothing else"),
-    ],
-    ids=["empty", "two lines", "bytes", "missing", "large"],
-)
-def test_a_key_file_that_holds_no_key(tmp_path, text, message):
-    path = tmp_path / "key"
-    if text is not None:
-        path.write_text(text, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(ExperimentError) as caught:
-        request_headers(Target(api_key_file=str(path)))
+def test_markup_stays_text_in_our_pages(told, page, tmp_path):
+    if page is None:
+        pytest.skip("no Chromium here")
+    _, folder, _ = told
+    made = compare.compare([folder, folder], tmp_path / "compared", lambda _: None)
+    for html in (folder / "report.html", made.html):
+        page.open(html)
 
-    assert str(caught.value) == f"target.api_key_file: {path}: {message}"
+        assert page.ask("window.hacked") is None, html
+        assert page.ask("document.querySelectorAll('img[src=x]').length") == 0
+        assert "<script>window.hacked=1</script>" in page.ask("document.body.innerText")
 
 
-def test_the_file_goes_before_the_variable(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "of-the-environment")
-    (tmp_path / "key").write_text("of-the-file\n")
+def test_nothing_steers_the_terminal_and_no_cell_is_a_formula(told, tmp_path):
+    found, folder, _ = told
+    assert b"\x1b]0;" not in found["output"]
+    assert b"\x1b]0;" not in (folder / "summary.txt").read_bytes() + (folder / "report.html").read_bytes()
+    for kind in ("csv", "markdown"):
+        text = tables.export(folder, kind, out=tmp_path / kind).read_text()
 
-    assert request_headers(Target(api_key_file=str(tmp_path / "key"))) == {"Authorization": "Bearer of-the-file"}
-    assert request_headers(Target()) == {"Authorization": "Bearer of-the-environment"}
-
-
-def test_what_is_secret_of_a_target(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
-    monkeypatch.setenv("http_proxy", "http://me:proxy-password@127.0.0.1:1")
-    start = {
-        "kind": "command",
-        "command": ["serve", "--api-key", "key-of-a-server"],
-        "env": {"HF_TOKEN": "hf_0123456789"},
-    }
-    monkeypatch.setenv("no_proxy", "")
-    target = Target(
-        url="http://10.0.0.1:1",
-        model="some-large-model",
-        headers={"X-Model": "some-large-model", "X-Short": "abc"},
-        extra_body={
-            "user": "somebody-else",
-            "auth": {"token": "of-the-body"},
-            "credentials": {"secret": ["in-a-list"]},
-        },
-        start=msgspec.convert(start, Start),
-    )
-    secrets = secrets_of(target)
-
-    assert set(secrets) == {"sk-0123456789", "of-the-body", "in-a-list", "key-of-a-server", "hf_0123456789"}
-    assert make_endpoint(target, Timeouts()).secrets[-2:] == secret_words(
-        ["Basic " + base64.b64encode(b"me:proxy-password").decode()]
-    )[-2:]  # fmt: skip
+        assert "\x1b" not in text
+        assert not re.search(r"(^|,|\|)\s*=1\+1", text)
+    assert "<script>" not in (tmp_path / "markdown").read_text()
+    for page in ("/stats/failures/csv", "/stats/requests/csv", "/exceptions/csv"):
+        assert b"\x1b" not in found[page]
 
 
-def test_redacting_leaves_numbers_and_what_is_no_secret():
-    secrets = secret_words(["Bearer 12345678-key", "12345678"])
-    told = {"12345678": [12345678, "12345678-key", None, True], "text": "at 12345678 and 1234567"}
+def test_names_of_files_stay_below_the_output_folder(told):
+    _, folder, _ = told
 
-    assert secrets == ("12345678-key", "12345678")
-    assert redact(told, secrets) == {"***": [12345678, "***", None, True], "text": "at *** and 1234567"}
-    assert redact("it ends with 12345678-k", ("12345678-key",)) == "it ends with ***"
-    assert redact(told, ()) is told
-
-
-def test_masks_of_commands():
-    assert (
-        masked_command("kubectl logs --token abc --tail 1 HF_TOKEN=x")
-        == "kubectl logs --token *** --tail 1 HF_TOKEN=***"
-    )
-    assert masked({"log": "command:tail --password x f"}) == {"log": "command:tail --password *** f"}
-    assert masked_command("docker logs -f 'my server'") == "docker logs -f 'my server'"
-
-
-@pytest.mark.parametrize(
-    ("word", "tells"),
-    [
-        ("target.headers.Authorization=Bearer x", True),
-        ("target.headers.Authorization=${KEY}", False),
-        ("target.headers.Authorization=***", False),
-        ("target.extra_body.api_key=x", True),
-        ("workload.max_tokens=3", False),
-        ("target.api_key_env=NAME", False),
-        ("target.api_key_file=/run/secrets/key", False),
-    ],
-)
-def test_a_command_line_that_tells_a_secret(word, tells):
-    assert tells_a_secret(word) == tells
+    assert re.fullmatch(r"\d{8}-\d{6}-[\w.-]+", folder.name)
+    assert all(path.resolve().is_relative_to(folder) for path in folder.rglob("*"))
