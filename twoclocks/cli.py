@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from twoclocks import __version__
-from twoclocks.errors import TwoclocksError
+from twoclocks.errors import TwoclocksError, plain
 from twoclocks.experiment import Server
 
 YES = "load for a host that is neither this machine nor in a private network is meant; asked for once a host"
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TwoclocksError as error:
         if options.debug:
             raise
-        print(f"twoclocks: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"twoclocks: {plain(' '.join(str(error).split()))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("twoclocks: stopped", file=sys.stderr)
@@ -132,7 +132,7 @@ def _show(renderable: object) -> None:
 
 
 def _progress(doing: str) -> None:
-    print(f"twoclocks: {doing} ...", file=sys.stderr, flush=True)
+    print(f"twoclocks: {plain(doing)} ...", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

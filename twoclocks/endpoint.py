@@ -49,7 +49,7 @@ def request_headers(target: Target) -> dict[str, str]:
 
 def _key_in(path: str) -> str:
     try:
-        with Path(path).expanduser().open("rb") as file:
+        with Path(path).open("rb") as file:
             key = file.read(MAX_KEY_BYTES + 1).decode("utf-8").strip()
     except OSError as error:
         raise ExperimentError(f"target.api_key_file: {path}: cannot be read: {error.strerror}") from None

@@ -17,7 +17,7 @@ from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 
 from twoclocks.endpoint import make_endpoint, request_headers, secrets_of, token_counter
-from twoclocks.errors import ExperimentError, TwoclocksError
+from twoclocks.errors import ExperimentError, TwoclocksError, plain
 from twoclocks.experiment import Experiment, load_experiment, replace
 from twoclocks.export import open_port
 from twoclocks.hosts import Agreed, agree, agreed_hosts, is_wide, origin_of, shown, somebody_is_there
@@ -133,7 +133,7 @@ def on_init(environment: Environment, runner: Any, **_: Any) -> None:
         if environment.web_ui is not None:
             _close_to_others(environment.web_ui, options, settings, agreed)
     except TwoclocksError as error:
-        sys.stderr.write(f"twoclocks: {error}\n")
+        sys.stderr.write(f"twoclocks: {plain(error)}\n")
         sys.exit(error.exit_code)
     for text in _warnings(settings, options, isinstance(runner, MasterRunner)):
         log.warning(text)

@@ -117,7 +117,7 @@ class MasterSide:
             self.beginning = None
 
     def _give_up(self, why: str, exit_code: int) -> None:
-        sys.stderr.write(f"twoclocks: {why}\n")
+        sys.stderr.write(f"twoclocks: {plain(why)}\n")
         self.refused = why
         self.environment.process_exit_code = exit_code
         if self.folder is not None:
