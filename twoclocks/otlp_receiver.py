@@ -272,7 +272,13 @@ class _GrpcServer:
                 )
             ],
             # without the first option two runs would share the port, and each get some of the other's spans
-            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_BODY)],
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", MAX_BODY),
+                ("grpc.max_concurrent_streams", MAX_CONNECTIONS),  # of each connection; of all: below
+                ("grpc.server_handshake_timeout_ms", round(REQUEST_S * 1e3)),
+                ("grpc.max_connection_idle_ms", round(IDLE_S * 1e3)),
+            ],
             maximum_concurrent_rpcs=MAX_CONNECTIONS,
         )
         try:
