@@ -112,7 +112,11 @@ def told(tmp_path_factory, page):
                     "headers": {"X-Other": "${PLANTED_HEADER}", "X-Pair": "${PLANTED_PAIR}"},
                     "extra_body": {"api_key": "${PLANTED_BODY}"},
                 },
-                "collect": {"log": f"command:{sys.executable} -c {json.dumps(LOG)}", "metrics_interval_s": 0.3},
+                "collect": {
+                    "log": f"command:{sys.executable} -c {json.dumps(LOG)}",
+                    "metrics_interval_s": 0.3,
+                    "otlp_tail_s": 1,
+                },
                 "export": {"prometheus_port": exporting},
                 "output_text": True,
                 "name": MARKUP,
@@ -131,7 +135,7 @@ def told(tmp_path_factory, page):
         with started(runs, *words, headless=False) as process:
             url = f"http://127.0.0.1:{web}"
             wait_for(lambda: _answers(url))
-            form = {"user_count": 2, "spawn_rate": 2, "host": server.url}
+            form = {"user_count": 8, "spawn_rate": 8, "host": server.url}
             assert httpx.post(f"{url}/swarm", data=form).json()["success"]
             wait_for(lambda: len(server.heard) > 4 + 2 * len(server.answers))
             wait_for(lambda: b"***" in httpx.get(f"{url}/stats/failures/csv").content)
