@@ -82,7 +82,7 @@ def _look_at_tabs(page, url):
             f"(t => {{ t.click(); return t.textContent; }})(document.querySelectorAll('[role=tab]')[{number}])"
         )
         page.wait("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")
-        if name == "FAILURES":
+        if name == "Failures":
             page.wait("document.body.innerText.includes('http_401')")
         if name == "LLM metrics":
             page.wait("document.querySelector('.twoclocks h2')?.textContent.length > 0")
@@ -211,9 +211,9 @@ def test_markup_stays_text_in_locusts_own_pages(told, page):
     found, _, _ = told
     seen = {where: text for where, text in found.items() if where.startswith("hacked ")}
 
-    assert {"hacked STATISTICS", "hacked FAILURES", "hacked LOGS", "hacked LLM metrics", "hacked report"} <= seen.keys()
+    assert {"hacked Statistics", "hacked Failures", "hacked Logs", "hacked LLM metrics", "hacked report"} <= seen.keys()
     assert {where for where, text in seen.items() if not text.startswith(b"[None, ")} == set()
-    for where in ("hacked FAILURES", "hacked report", "hacked LLM metrics"):
+    for where in ("hacked Failures", "hacked report", "hacked LLM metrics"):
         assert b"<script>window.hacked=1</script>" in seen[where], where
 
 
