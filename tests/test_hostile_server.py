@@ -5,6 +5,7 @@ can say something. Then all that the run shows is looked through: files, output,
 import base64
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from browser import CHROMIUM, browser
 from fake_server import CLOSE, DONE, END, HEAD, FakeServer, answer, chunked, delta, event, response, usage
 from locust_runs import free_port, only_run, started, wait_for
 from make_spans import export, vllm_span
+from make_study import cell, make_study, skipped
 
-from twoclocks import compare, tables
+from twoclocks import compare, study_report, tables
 
 KEY, HEADER, BODY, PAIR = "sk-planted-0001", "planted-header-0002", "planted-body-0003", "planted-pair-0004"
 PLANTED = (KEY, HEADER, BODY, PAIR)
@@ -222,7 +224,12 @@ def test_markup_stays_text_in_our_pages(told, page, tmp_path):
         pytest.skip("no Chromium here")
     _, folder, _ = told
     made = compare.compare([folder, folder], tmp_path / "compared", lambda _: None)
-    for html in (folder / "report.html", made.html):
+    only = cell(1, MARKUP, MARKUP, folder="1")
+    make_study(tmp_path / "study", [only], name=MARKUP, skipped=[skipped(f"b{MARKUP}", MARKUP)])
+    shutil.copytree(folder, tmp_path / "study" / only.folder)
+    study = study_report.build(tmp_path / "study", lambda _: None)
+    assert "<script>" not in study.text.read_text().replace(r"\<script\>", "")
+    for html in (folder / "report.html", made.html, study.html):
         page.open(html)
 
         assert page.ask("window.hacked") is None, html
