@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import twoclocks
+from twoclocks.experiment import Target
+from twoclocks.preflight import look_at_server
 from twoclocks.waterfall import waterfalls
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +180,22 @@ def test_transformers_log_gives_queue_and_whole_time_of_each_request(transformer
     said = ok[ok.e2e.notna()]
     assert (said.e2e >= said.server_queue).all()
     assert ok.server_ttft.isna().all()
+
+
+def test_the_doctor_sees_what_vllm_tells_of_itself(exporting_vllm):
+    facts = look_at_server(Target(url=exporting_vllm.url, model=exporting_vllm.model))
+
+    assert (facts.unreachable, facts.refused, facts.named) == (None, None, "vllm")
+    assert facts.series > 100
+    assert {"ttft", "queue", "prefill", "decode", "e2e"} <= set(facts.told)
+    assert (facts.told_by, facts.has_usage) == ("vllm", True)
+
+
+def test_the_doctor_sees_what_transformers_does_not_tell(real_transformers):
+    facts = look_at_server(Target(url=real_transformers.url, model=real_transformers.model, server="transformers"))
+
+    assert (facts.unreachable, facts.refused, facts.series, facts.told) == (None, None, None, [])
+    assert facts.tokens
 
 
 def test_the_two_compare(vllm_run, transformers_run, tmp_path):
