@@ -182,8 +182,8 @@ def test_transformers_log_gives_queue_and_whole_time_of_each_request(transformer
     assert ok.server_ttft.isna().all()
 
 
-def test_the_doctor_sees_what_vllm_tells_of_itself(exporting_vllm):
-    facts = look_at_server(Target(url=exporting_vllm.url, model=exporting_vllm.model))
+def test_the_doctor_sees_what_vllm_tells_of_itself(real_vllm):
+    facts = look_at_server(Target(url=real_vllm.url, model=real_vllm.model))
 
     assert (facts.unreachable, facts.refused, facts.named) == (None, None, "vllm")
     assert facts.series > 100
