@@ -15,8 +15,6 @@ import json
 import os
 import platform
 import re
-import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -37,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from twoclocks import __version__
+from twoclocks import __version__, keeper
 from twoclocks.calibrate import known_schedule, machine_shares, machine_time
 from twoclocks.record import Record
 from twoclocks.truth import SentLog, differences, error_figures, read_log, seen
@@ -84,10 +82,14 @@ class Seen:
     looks: list[Look] = field(default_factory=list)
     tab: dict[str, Any] = field(default_factory=dict)  # the tab's last answer
     page: str = ""  # the exporter's last page
-    answers: Counter[str] = field(default_factory=Counter)  # of tab and exporter: how many, and how many failed
+    answers: dict[str, int] = field(default_factory=dict)  # of tab and exporter: how many, and how many failed
     slowest_s: dict[str, float] = field(default_factory=dict)
     steal_share: float | None = None
     busy_share: float | None = None
+
+    def count(self, what: str, by: int = 1) -> None:
+        """One more answer, or one that failed."""
+        self.answers[what] = self.answers.get(what, 0) + by
 
 
 # the run
@@ -115,8 +117,8 @@ def experiment(options: argparse.Namespace, url: str, folder: Path, exporter_por
     }
 
 
-def soak(options: argparse.Namespace, url: str, folder: Path) -> tuple[Path, Seen]:
-    """The run, from start to end; its folder. Exits with a line where it did not come to its end."""
+def soak(options: argparse.Namespace, url: str, folder: Path) -> Seen:
+    """The run, from start to end, into `run` in this folder. Exits with a line where it did not come to its end."""
     path, run, exporter, web = folder / "experiment.yaml", folder / "run", free_port(), free_port()
     path.write_text(json.dumps(experiment(options, url, folder, exporter)), encoding="utf-8")  # JSON is YAML
     command = [sys.executable, "-m", "locust", "-f", ROOT / "load_test.py", "--experiment", path, "--run-folder", run]
@@ -125,12 +127,12 @@ def soak(options: argparse.Namespace, url: str, folder: Path) -> tuple[Path, See
         command += ["--processes", str(options.processes), "--master-bind-port", str(port := free_port())]
         command += ["--master-port", str(port)]
     seen_so_far, before = Seen(), machine_time()
-    with (folder / "locust.log").open("wb") as log, client(command, log) as process:
+    with (folder / "locust.log").open("wb") as log, client(command, log) as locust:
         ui, over = f"http://127.0.0.1:{web}", threading.Event()
-        wait_for(lambda: answers(ui) >= options.processes, process, folder)
+        wait_for(lambda: answers(ui) >= options.processes, locust, folder)
         form = {"user_count": options.processes, "spawn_rate": options.processes, "host": url}
         httpx.post(f"{ui}/swarm", data=form, timeout=60).raise_for_status()
-        wait_for(lambda: state(run) is not None, process, folder)
+        wait_for(lambda: state(run) is not None, locust, folder)
         viewers = [
             threading.Thread(target=look_at_tab, args=(ui, seen_so_far, over)),
             threading.Thread(target=scrape, args=(f"http://127.0.0.1:{exporter}/metrics", seen_so_far, over)),
@@ -140,33 +142,29 @@ def soak(options: argparse.Namespace, url: str, folder: Path) -> tuple[Path, See
         try:
             deadline = time.monotonic() + 1.5 * options.requests / options.rate + 240
             while state(run) == "running":
-                if process.poll() is not None or time.monotonic() > deadline:
+                if not locust.running() or time.monotonic() > deadline:
                     give_up("the run did not come to its end", folder)
-                seen_so_far.looks += looks(process.pid)
+                seen_so_far.looks += looks(locust.pid)
                 time.sleep(LOOK_S)
-            wait_for(lambda: has_told_the_end(seen_so_far), process, folder, 60)
+            wait_for(lambda: has_told_the_end(seen_so_far), locust, folder, 60)
         finally:
             over.set()
             for viewer in viewers:
                 viewer.join()
-        process.terminate()
-        process.wait(120)
     shares = machine_shares(before, machine_time())
     if shares is not None:
         seen_so_far.steal_share, seen_so_far.busy_share = shares
-    return run, seen_so_far
+    return seen_so_far
 
 
 @contextlib.contextmanager
-def client(command: list[Any], log: Any) -> Iterator["subprocess.Popen[bytes]"]:
-    """Locust, which does not outlive this block."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+def client(command: list[Any], log: Any) -> Iterator[keeper.Kept]:
+    """Locust, which outlives neither this block nor this process."""
+    kept = keeper.start(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, grace_s=60)
     try:
-        yield process
+        yield kept
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kept.stop()
 
 
 def look_at_tab(ui: str, told: Seen, over: threading.Event) -> None:
@@ -186,8 +184,8 @@ def scrape(url: str, told: Seen, over: threading.Event) -> None:
         if (answer := asked(lambda: httpx.get(url, timeout=30), "exporter", told)) is not None:
             told.page = answer.text
         elif "twoclocks" in told.page:
-            told.answers["exporter failed"] -= 1  # unless it was too early to go
-            told.answers["exporter gone"] += 1
+            told.count("exporter failed", -1)  # unless it was too early to go, which the counts would tell
+            told.count("exporter gone")
         over.wait(SCRAPE_S)
 
 
@@ -197,9 +195,9 @@ def asked(ask: Callable[[], httpx.Response], who: str, told: Seen) -> httpx.Resp
     try:
         answer = ask().raise_for_status()
     except httpx.HTTPError:
-        told.answers[f"{who} failed"] += 1
+        told.count(f"{who} failed")
         return None
-    told.answers[who] += 1
+    told.count(who)
     told.slowest_s[who] = max(told.slowest_s.get(who, 0.0), time.monotonic() - began)
     return answer
 
@@ -260,16 +258,14 @@ def answers(ui: str) -> int:
 def has_told_the_end(told: Seen) -> bool:
     """Have the tab, which may have more to read, and the exporter, which goes then, shown a run that is over?"""
     is_over = told.tab.get("state") in ("finished", "interrupted") and told.tab["bytes_behind"] == 0
-    return is_over and told.answers["exporter gone"] > 0
+    return is_over and told.answers.get("exporter gone", 0) > 0
 
 
-def wait_for(
-    condition: Callable[[], bool], process: "subprocess.Popen[bytes]", folder: Path, seconds: float = 120
-) -> None:
+def wait_for(condition: Callable[[], bool], locust: keeper.Kept, folder: Path, seconds: float = 120) -> None:
     """Until it is true. Exits with what Locust said if it never is."""
     deadline = time.monotonic() + seconds
     while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
+        if not locust.running() or time.monotonic() > deadline:
             give_up(f"Locust ended early, or what was awaited did not come within {seconds:g} s", folder)
         time.sleep(0.2)
 
@@ -624,11 +620,12 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def shown(result: dict[str, Any]) -> str:
     """What people read of the result."""
-    told, disk, cpu = result["accounts"], result["disk"], result["cpu"]
+    accounts, disk, cpu = result["accounts"], result["disk"], result["cpu"]
     broken = [bound for bound in result["bounds"] if not bound["held"]]
     options, late = result["options"], result["server_lateness_ms"]
     lines = [
-        f"# Soak: {told['measured']:,} requests, {told['tokens_server']:,} tokens in {result['window_s'] / 60:.1f} min",
+        f"# Soak: {accounts['measured']:,} requests, {accounts['tokens_server']:,} tokens, "
+        f"{result['window_s'] / 60:.1f} min",
         "",
         f"Open loop, Poisson, {result['requests_per_s']:.0f} requests/s, {result['tokens_per_s']:,.0f} tokens/s; "
         f"answers of {options['tokens']} tokens, one token a chunk and a write, counted by the server's log; "
@@ -686,7 +683,7 @@ def shown(result: dict[str, Any]) -> str:
         ),
         "",
         f"On disk: {disk['requests_jsonl'] / 1e9:.2f} GB, {disk['bytes_per_chunk']:.2f} bytes a chunk, "
-        f"{disk['bytes_per_record']:.0f} bytes a record of {disk['chunks'] / max(1, told['records']):.0f} chunks.",
+        f"{disk['bytes_per_record']:.0f} bytes a record of {disk['chunks'] / max(1, accounts['records']):.0f} chunks.",
         f"CPU of the tester with all its processes: {cpu['cores']:.2f} cores, {cpu['us_per_token']:.1f} us a token "
         f"({cpu['us_per_request']:.0f} us a request of {options['tokens']} tokens); the server's "
         f"{cpu['server_s']:.0f} s.",
@@ -701,6 +698,8 @@ def shown(result: dict[str, Any]) -> str:
         "",
         f"{platform.platform()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, twoclocks {__version__}",
     ]
+    if told := result.get("report"):
+        lines += ["", f"`twoclocks report` on it: {told['seconds']:.0f} s, at most {told['most_mb']:,.0f} MiB."]
     return "\n".join(lines) + "\n"
 
 
@@ -731,7 +730,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--ttft-ms", type=float, default=100.0)
     made.add_argument("--tpot-ms", type=float, default=10.0)
     made.add_argument("--processes", type=int, default=1, help="Locust workers (%(default)d: none, one process)")
-    made.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the run folder there")
+    made.add_argument("--keep", type=Path, metavar="FOLDER", help="leave run folder, server's log and looks there")
+    made.add_argument("--judge", type=Path, metavar="FOLDER", help="no run: judge one that was kept; same load options")
     made.add_argument("--report", action="store_true", help="also time `twoclocks report` on the run folder")
     made.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     return made
@@ -740,22 +740,23 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run, judge, leave the figures in benchmarks/results; 1 if a bound is broken."""
     options = parser().parse_args(arguments)
-    if options.keep is not None and options.keep.exists():
-        sys.exit(f"soak: --keep {options.keep}: exists already; name a folder that does not exist yet")
-    with tempfile.TemporaryDirectory(prefix="twoclocks-soak-") as name:
-        folder = Path(name)
-        flags = [f"--log={folder / 'sent.npz'}", f"--ttft-ms={options.ttft_ms}", f"--tpot-ms={options.tpot_ms}"]
-        with known_schedule(flags) as url:
-            run, seen_ = soak(options, url, folder)
-        result = judge(run, read_log(folder / "sent.npz"), seen_, options)
+    with contextlib.ExitStack() as stack:
+        if options.judge is not None:
+            folder = options.judge
+            seen_ = msgspec.json.decode((folder / "seen.json").read_bytes(), type=Seen)
+        else:
+            folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="twoclocks-soak-")))
+            if options.keep is not None and folder.exists():
+                sys.exit(f"soak: --keep {folder}: exists already; name a folder that does not exist yet")
+            folder.mkdir(parents=True, exist_ok=True)
+            flags = [f"--log={folder / 'sent.npz'}", f"--ttft-ms={options.ttft_ms}", f"--tpot-ms={options.tpot_ms}"]
+            with known_schedule(flags) as url:
+                seen_ = soak(options, url, folder)
+            (folder / "seen.json").write_bytes(msgspec.json.encode(seen_))
+        result = judge(folder / "run", read_log(folder / "sent.npz"), seen_, options)
         if options.report:
-            result["report"] = timed_report(run)
-        if options.keep is not None:
-            shutil.move(run, options.keep)
+            result["report"] = timed_report(folder / "run")
     text = shown(result)
-    if options.report:
-        told = result["report"]
-        text += f"\n`twoclocks report` on it: {told['seconds']:.0f} s, at most {told['most_mb']:,.0f} MiB.\n"
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{datetime.now():%Y-%m-%d-%H%M}-soak.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

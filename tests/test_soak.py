@@ -26,11 +26,11 @@ def test_a_tiny_soak_accounts_for_every_request_and_looks_at_every_process(soak,
     for name, seconds in (("LOOK_S", 0.1), ("TAB_S", 0.2), ("SCRAPE_S", 0.5)):
         monkeypatch.setattr(soak, name, seconds)
     words = ["--requests", "300", "--rate", "120", "--tokens", "5", "--ttft-ms", "20", "--tpot-ms", "4"]
-    code = soak.main([*words, "--keep", str(tmp_path / "run"), "--out", str(tmp_path)])
+    code = soak.main([*words, "--keep", str(tmp_path / "kept"), "--out", str(tmp_path)])
 
     (path,) = tmp_path.glob("*-soak.json")
     told = json.loads(path.read_text())
-    records = list(read_records(tmp_path / "run" / "requests.jsonl"))
+    records = list(read_records(tmp_path / "kept" / "run" / "requests.jsonl"))
     measured = sorted((r for r in records if r.phase != "warmup"), key=lambda r: r.intended_at)
     accounts = told["accounts"]
     assert accounts["server"] == accounts["records"] == len(records) == 300 + accounts["records"] - len(measured)
@@ -42,11 +42,14 @@ def test_a_tiny_soak_accounts_for_every_request_and_looks_at_every_process(soak,
     late = [(r.sent_at - r.intended_at) * 1e3 for r in measured[-30:]]
     assert told["stretches"][-1]["late_ms"]["p50"] == pytest.approx(np.median(late))
     assert told["disk"]["chunks"] == sum(len(r.chunk_us) for r in records)
-    assert told["disk"]["requests_jsonl"] == (tmp_path / "run" / "requests.jsonl").stat().st_size
+    assert told["disk"]["requests_jsonl"] == (tmp_path / "kept" / "run" / "requests.jsonl").stat().st_size
     # whatever was slow or too short here, what is counted has to hold, and the exit code is that of the bounds
     held = {bound["name"]: bound["held"] for bound in told["bounds"]}
     assert all(held[name] for name in held if name.startswith(("requests:", "tokens:", "nothing failed")))
     assert code == (0 if all(held.values()) else 1)
+    again = soak.main([*words, "--judge", str(tmp_path / "kept"), "--out", str(tmp_path / "again")])
+    (path_again,) = (tmp_path / "again").glob("*-soak.json")
+    assert (again, json.loads(path_again.read_text())) == (code, told)
     assert f"{len(held) - sum(held.values())} of {len(held)} bounds are BROKEN" in path.with_suffix(".md").read_text()
 
 
