@@ -60,7 +60,8 @@ def test_without_pyarrow_one_line_names_it(run, monkeypatch, capsys):
     )
 
 
-def test_vllms_layout(run, tmp_path):
+def test_vllms_layout(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("twoclocks.vllm_bench.PART", 7)  # the gaps of 20 requests, in three parts
     told(run, "--format", "vllm-bench", "--out", tmp_path / "v.json")
 
     assert json.loads((tmp_path / "v.json").read_text()) == vllm_bench(twoclocks.load_run(run))

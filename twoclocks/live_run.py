@@ -7,6 +7,7 @@ those of its summary.json.
 """
 
 import contextlib
+import math
 import sys
 import time
 from array import array
@@ -56,6 +57,9 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("kv_cache_usage", "share", ("kv_cache_usage",)),
 )
 """Charts, in their order: what is drawn, its unit, and the columns of `seconds` that are its lines."""
+COLUMNS = {column: index for index, column in enumerate(column for _, _, names in CHARTS for column in names)}
+"""Of `seconds`, and their places in a row."""
+_NOTHING = [math.nan] * len(COLUMNS)
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,7 +174,7 @@ class LiveRun:
         self._gaps = Counted()
         self._newest = {name: _Newest() for name in LATENCIES if name != "itl"}
         self._tokens = 0.0  # that arrived in the window
-        self._rows: dict[int, dict[str, float | None]] = {}  # second -> column -> value
+        self._rows: dict[int, array[float]] = {}  # second -> a value for each of COLUMNS, NaN where there is none
         self._changed: dict[int, int] = {}  # second -> the answer from which on it is as it is
         self._ended: dict[int, _Second] = {}
         self._closed: int | None = None  # the seconds before this one are told
@@ -292,11 +296,15 @@ class LiveRun:
             first = int(seconds.min())
             for offset, count in enumerate(np.bincount(seconds - first, weights=tokens).tolist()):
                 if count:
-                    before = self._rows.get(first + offset, {}).get("output_throughput") or 0.0
-                    self._put(first + offset, output_throughput=before + count)
+                    row = self._rows.get(first + offset)
+                    before = math.nan if row is None else row[COLUMNS["output_throughput"]]
+                    self._put(first + offset, output_throughput=count if math.isnan(before) else before + count)
 
     def _put(self, second: int, **values: float | None) -> None:
-        self._rows.setdefault(second, {}).update(values)
+        row = self._rows.setdefault(second, array("d", _NOTHING))
+        for column, value in values.items():
+            if column in COLUMNS:
+                row[COLUMNS[column]] = math.nan if value is None else value
         self._changed[second] = self.seq
 
     def _close(self, until: float) -> None:
@@ -329,7 +337,6 @@ class LiveRun:
         begin, status = self.meta.window.get("started_at"), self.meta.status
         running = "warming up" if begin is None else "measuring" if self._end is None else "draining"
         changed = sorted(second for second, seq in self._changed.items() if seq > since)
-        columns = [column for _, _, names in CHARTS for column in names]
         longest = max((one.longest for one in self._ended.values()), default=0.0)
         return {
             "run": self.folder.name,
@@ -345,7 +352,7 @@ class LiveRun:
             "charts": [_chart(*chart) for chart in CHARTS],
             "filling_from": now - longest if status == "running" else None,
             "seconds": {"at": changed}
-            | {column: [self._rows[second].get(column) for second in changed] for column in columns},
+            | {column: [_known(self._rows[second][index]) for second in changed] for column, index in COLUMNS.items()},
         }
 
     def figures(self, now: float) -> dict[str, Any]:
@@ -382,6 +389,10 @@ class LiveRun:
         if self.meta.status == "running":
             figures["output_throughput"]["label"] += ", of answers that have ended"
         return figures
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _chart(name: str, unit: str, columns: Sequence[str]) -> dict[str, Any]:

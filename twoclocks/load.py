@@ -8,6 +8,7 @@ import datetime
 import itertools
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +29,7 @@ from twoclocks.join import TEXT_COLUMNS, Joined, join
 from twoclocks.log_files import read_log_files
 from twoclocks.log_series import log_series, placed, zone_of
 from twoclocks.metrics import Chunks, Floats
-from twoclocks.record import HUNG_UP, KINDS, Record, read_records
+from twoclocks.record import HUNG_UP, KINDS, Kind, Record, read_records
 from twoclocks.server_logs import log_requests
 from twoclocks.server_requests import read_server_requests
 from twoclocks.settings_yaml import load_yaml
@@ -164,7 +165,8 @@ class Run:
     @cached_property
     def ok(self) -> pd.DataFrame:
         """The measured requests that ended ok: those whose latencies are summarised."""
-        return self.measured[self.measured["status"] == "ok"]
+        ok = self.measured["status"] == "ok"
+        return self.measured if ok.all() else self.measured[ok]  # of a long run a copy takes half a gigabyte
 
     @property
     def judged(self) -> pd.DataFrame:
@@ -252,17 +254,30 @@ def _experiment(folder: Path) -> dict[str, Any]:
 def _read(path: Path) -> tuple[list[Record], Chunks, _Lists]:
     """The records without their lists of chunks, and the chunks as arrays; nothing for a run killed at its beginning.
 
-    Batch by batch, since the chunks of a long run as Python lists would take many times the memory of the arrays.
+    Batch by batch, since the chunks of a long run as Python lists would take many times the memory of the arrays; and
+    what a million requests have in common is kept once.
     """
     records: list[Record] = []
     batches: list[list[Any]] = []
+    kinds: dict[tuple[tuple[str, int], ...], list[tuple[Kind, int]]] = {}
+    lean: dict[str, Any] = {"chunk_us": [], "chunk_tokens": None}
     tells_tokens: list[bool] = []
     try:
         reader = read_records(path)
         while batch := list(itertools.islice(reader, BATCH)):
             batches.append(chunk_columns(batch, path, len(records)))
             tells_tokens += [record.chunk_tokens is not None for record in batch]
-            records += [msgspec.structs.replace(record, chunk_us=[], chunk_tokens=None) for record in batch]
+            records += [
+                msgspec.structs.replace(
+                    record,
+                    chunk_kinds=kinds.setdefault(tuple(record.chunk_kinds), record.chunk_kinds),
+                    target=sys.intern(record.target),
+                    prompt_id=sys.intern(record.prompt_id),
+                    finish_reason=record.finish_reason and sys.intern(record.finish_reason),
+                    **lean,
+                )
+                for record in batch
+            ]
     except FileNotFoundError:
         pass
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -271,8 +286,13 @@ def _read(path: Path) -> tuple[list[Record], Chunks, _Lists]:
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be read: {error.strerror}") from None
     batches = batches or [chunk_columns([], path, 0)]
-    *columns, micros, counts = (np.concatenate(column) for column in zip(*batches, strict=True))
+    *columns, micros, counts = (_first_column(batches) for _ in range(len(batches[0])))
     return records, Chunks(*columns), (micros, counts, tells_tokens)
+
+
+def _first_column(batches: list[list[Any]]) -> Any:
+    """The first column of all batches, which give theirs up: both at once would be twice the memory."""
+    return np.concatenate([batch.pop(0) for batch in batches])
 
 
 def _first_bad_line(path: Path) -> int:
@@ -293,8 +313,10 @@ def _requests(records: Sequence[Record], arrivals: Chunks, lists: _Lists) -> pd.
     )
     micros, counts, tells_tokens = lists
     frame["chunk_us"] = _views(micros, counts)
+    ends = np.cumsum(counts).tolist()
     frame["chunk_tokens"] = [
-        view if told else None for view, told in zip(_views(arrivals.tokens, counts), tells_tokens, strict=True)
+        arrivals.tokens[end - count : end] if told else None
+        for end, count, told in zip(ends, counts.tolist(), tells_tokens, strict=True)
     ]
     for name in _FLOATS:
         frame[name] = frame[name].astype(np.float64)

@@ -23,7 +23,7 @@ from twoclocks.run_folder import refuse_links
 from twoclocks.spread import INTERVAL, figure_intervals, spread
 from twoclocks.stutter import stutter
 from twoclocks.summary import clean, cut_up, summarise
-from twoclocks.vllm_bench import vllm_bench
+from twoclocks.vllm_bench import write_vllm_bench
 from twoclocks.waterfall_plot import waterfall_plot
 from twoclocks.worst import worst
 
@@ -55,7 +55,7 @@ def build(folder: str | Path, progress: Callable[[str], None] = lambda _: None) 
         refuse_links(run.path)
         (run.path / "plots").mkdir(exist_ok=True)
         write_json(run.path / "summary.json", summary)
-        write_json(run.path / "vllm_bench.json", vllm_bench(run), indent=-1)  # every gap of every request
+        write_vllm_bench(run, run.path / "vllm_bench.json")
         (run.path / "summary.txt").write_text(terminal.to_text(terminal.render(summary)), encoding="utf-8")
         progress("drawing the plots")
         violins([run], run.path / VIOLIN, heading(run))
@@ -160,10 +160,10 @@ def picture(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode("ascii")
 
 
-def write_json(path: Path, value: Any, indent: int = 1) -> None:
-    """JSON as other programs read it: UTF-8, no NaN. ``indent`` -1: all on one line, for what nobody reads."""
+def write_json(path: Path, value: Any) -> None:
+    """JSON as other programs read it: UTF-8, no NaN."""
     coded = msgspec.json.encode(value, enc_hook=lambda number: number.item())  # numpy's
-    path.write_bytes(coded if indent < 0 else msgspec.json.format(coded, indent=indent) + b"\n")
+    path.write_bytes(msgspec.json.format(coded, indent=1) + b"\n")
 
 
 def embedded(value: Any) -> markupsafe.Markup:

@@ -12,9 +12,9 @@ import pandas as pd
 from twoclocks import rosetta_text, terminal
 from twoclocks.errors import RunFolderError, TwoclocksError, plain
 from twoclocks.load import Run, load_run
-from twoclocks.report import heading, write_json
+from twoclocks.report import heading
 from twoclocks.summary import summarise
-from twoclocks.vllm_bench import vllm_bench
+from twoclocks.vllm_bench import write_vllm_bench
 
 Format = Literal["csv", "parquet", "markdown", "vllm-bench"]
 Table = Literal["requests", "chunks"]
@@ -35,7 +35,7 @@ def export(folder: Path, kind: Format, table: Table = "requests", out: Path | No
         "csv": lambda path: _frame(run, table).to_csv(path, index=False),
         "parquet": lambda path: _parquet(_frame(run, table), path),
         "markdown": lambda path: path.write_text(markdown(run), encoding="utf-8"),
-        "vllm-bench": lambda path: write_json(path, vllm_bench(run)),
+        "vllm-bench": lambda path: write_vllm_bench(run, path),
     }
     path = out or run.path / names[kind]
     try:

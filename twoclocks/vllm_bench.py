@@ -3,18 +3,22 @@
 import datetime
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from twoclocks.load import Run
-from twoclocks.metrics import Bools, Floats, slo_limits
+from twoclocks.metrics import Bools, Floats, Ints, slo_limits
 from twoclocks.record import LEFT
 from twoclocks.rosetta import Arrivals, VllmAnswers, arrivals, vllm, vllm_answers, whole
 from twoclocks.summary import clean
 
 NOTE = "by vLLM's definitions, from the arrivals of a twoclocks run; output tokens as the server counted them"
 PERCENTILES = (50, 95, 99)
+PART = 5000
+"""Requests whose gaps are written at once."""
 
 
 def vllm_bench(run: Run) -> dict[str, Any]:
@@ -23,6 +27,32 @@ def vllm_bench(run: Run) -> dict[str, Any]:
     The lists have one entry a measured request, and there, as in vLLM's own files, 0 stands for what a failed request
     does not have. Seconds, and milliseconds where a name ends in _ms.
     """
+    result, gaps, edges = _without_gaps(run)
+    return result | {"itls": clean(_lists(gaps, edges))}
+
+
+def write_vllm_bench(run: Run, path: Path) -> None:
+    """The same as a file, on one line as vLLM writes its own. Raises OSError.
+
+    The gaps part by part: those of a million requests would take gigabytes as lists, and as much again as text.
+    """
+    result, gaps, edges = _without_gaps(run)
+    # no text can hold this place, since a quotation mark inside a text has a backslash before it
+    before, place, after = msgspec.json.encode(result).partition(b'"itls":[]')
+    with path.open("wb") as file:
+        file.write(before + place[:-1])
+        for first in range(0, len(edges) - 1, PART):
+            part = msgspec.json.encode(_lists(gaps, edges[first : first + PART + 1]))
+            file.write((b"," if first else b"") + part[1:-1])
+        file.write(b"]" + after)
+
+
+def _lists(gaps: Floats, edges: Ints) -> list[list[float]]:
+    return [gaps[begin:end].tolist() for begin, end in pairwise(edges.tolist())]
+
+
+def _without_gaps(run: Run) -> tuple[dict[str, Any], Floats, Ints]:
+    """The result without its itls; all gaps, and the edges between those of the requests."""
     measured, target = run.measured, run.meta.get("target") or {}
     a, limits = arrivals(run), slo_limits(run.experiment)
     one, figures = vllm_answers(a), vllm(a, limits)
@@ -55,7 +85,7 @@ def vllm_bench(run: Run) -> dict[str, Any]:
         "input_lens": _counts(a.prompt_tokens),
         "output_lens": _counts(np.where(ok, a.output_tokens, 0)),
         "ttfts": np.nan_to_num(one.ttft).tolist(),
-        "itls": [gaps[begin:end].tolist() for begin, end in pairwise(edges)],
+        "itls": [],
         "latencies": np.where(ok, one.e2e, 0).tolist(),
         "start_times": a.began_at.tolist(),
         "errors": [message or "" for message in measured["error_message"]],
@@ -75,7 +105,7 @@ def vllm_bench(run: Run) -> dict[str, Any]:
     if left:
         result["twoclocks"] += f"; {left} requests that their users left are neither completed nor failed"
     cleaned: dict[str, Any] = clean(result)
-    return cleaned
+    return cleaned, gaps, edges
 
 
 def _traffic(load: dict[str, Any]) -> dict[str, Any]:
