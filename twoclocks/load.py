@@ -313,11 +313,7 @@ def _requests(records: Sequence[Record], arrivals: Chunks, lists: _Lists) -> pd.
     )
     micros, counts, tells_tokens = lists
     frame["chunk_us"] = _views(micros, counts)
-    ends = np.cumsum(counts).tolist()
-    frame["chunk_tokens"] = [
-        arrivals.tokens[end - count : end] if told else None
-        for end, count, told in zip(ends, counts.tolist(), tells_tokens, strict=True)
-    ]
+    frame["chunk_tokens"] = _views(arrivals.tokens, counts, tells_tokens)
     for name in _FLOATS:
         frame[name] = frame[name].astype(np.float64)
     for name in ("user", "worker", "reads_merged"):
@@ -393,10 +389,10 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         raise RunFolderError(f"{path}: cannot be read: {error}") from None
 
 
-def _views(column: Any, counts: Any) -> list[Any]:
-    """Each request's part of a column over all chunks; no copies."""
-    ends = np.cumsum(counts)
-    return [column[end - count : end] for end, count in zip(ends.tolist(), counts.tolist(), strict=True)]
+def _views(column: Any, counts: Any, told: Sequence[bool] | None = None) -> list[Any]:
+    """Each request's part of a column over all chunks; no copies. None for those of which it is not ``told``."""
+    parts = zip(np.cumsum(counts).tolist(), counts.tolist(), told or itertools.repeat(True), strict=False)
+    return [column[end - count : end] if known else None for end, count, known in parts]
 
 
 def _samples(scrapes: Scrapes) -> pd.DataFrame:
