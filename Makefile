@@ -18,7 +18,7 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml requirements.lock setup.py twoclocks/_native.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another: PYTHON=python3.11 make demo")'
-	@echo "installing the tester into .venv (about 40 s)"
+	@echo "installing the tester into .venv (about a minute)"
 	@$(PYTHON) -m venv .venv || { echo "no virtual environment could be made; on Debian: apt-get install python3-venv"; exit 2; }
 	@$(PIP) --require-hashes --only-binary :all: --requirement requirements.lock \
 	  && $(PIP) --no-deps --no-build-isolation --editable . \

@@ -109,6 +109,8 @@ def test_the_tab_shows_a_run_that_goes_on_as_it_is(tmp_path, page, processes):
     with schedule_server("--log", str(log)) as server:
         with web_ui(tmp_path / "runs", "-H", server, "-u", "3", "-r", "3", *words, *processes) as url:
             page.size(1280)
+            page.call("Page.navigate", url="about:blank")  # a page of before still asks a server that has ended
+            page.wait("location.protocol === 'about:'")
             page.problems.clear()
             page.call("Page.navigate", url=url)
             if processes:
