@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "twoclocks"
-LOAD_SIDE = {"user", "hooks", "master", "worker", "selfwatch", "native", "reader"}
+LOAD_SIDE = {"user", "hooks", "master", "fleet", "worker", "selfwatch", "native", "reader"}
 HEAVY = {"pandas", "matplotlib", "seaborn", "scipy"}
 PATCHING = {"locust", "gevent"}
 

@@ -337,3 +337,38 @@ def test_the_synthetic_runs_of_the_other_tests_are_whole(tmp_path):
     make_run(tmp_path / "run", requests=120)
 
     assert verdict(load_run(tmp_path / "run"))["level"] in ("VALID", "SUSPECT")
+
+
+def worker(**changes):
+    clock = {"shared": False, "offset_s": -3.5, "error_s": 2e-4, "drift": 1e-5, "round_trip_s": 4e-4, "exchanges": 99}
+    row = {
+        "worker": 0, "host": "a", "pid": 7, "late": False, "joined_at": None, "heard_until": 10.2, "done_at": 10.2,
+        "begun": 200, "records": 200, "lost": 0, "due_not_sent": None, "silences": [], "held_s": 0.0, "frames": 20,
+        "frames_repeated": 0, "clock": clock,
+    }  # fmt: skip
+    return row | {key: clock | value if key == "clock" else value for key, value in changes.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "figure", "told"),
+    [
+        ({"clock": {"error_s": 0.02}}, "clock_offset", 0.02, "worker 0 (a, process 7) is known to ± 20.0 ms"),
+        ({"clock": {"drift": -8e-4}}, "clock_offset", 2e-4, "drifts by -800 µs/s"),
+        ({"held_s": 2.5}, "held_back", 2.5, "held requests back for 2.5 s, as the master took no records"),
+        ({"silences": [[3.0, 8.5], [9.0, None]]}, "stalled_workers", 5.5, "was not heard for 5.5 s"),
+        ({"late": True, "joined_at": 4.25}, "workers_changed", 1, "joined at second 4.2"),
+        ({"done_at": 6.0}, "workers_changed", 1, "left at second 6.0, before its end"),
+    ],
+)
+def test_what_a_worker_did_to_the_run_is_told(tmp_path, changes, name, figure, told):
+    rows = [worker(worker=1, clock={"shared": True}), worker(**changes)]
+    level, found = reasons(tmp_path, plain(), fleet=rows, missing_workers=0)
+
+    assert (level, list(found)) == ("SUSPECT", [name])
+    assert found[name]["figure"] == figure
+    assert told in found[name]["reason"]
+
+
+def test_workers_that_did_as_they_should_make_no_reason(tmp_path):
+    late = worker(late=True, joined_at=-1.0)  # while the run began
+    assert reasons(tmp_path, plain(), fleet=[worker(), late], missing_workers=0) == ("VALID", {})

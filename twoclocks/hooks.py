@@ -22,8 +22,9 @@ from twoclocks.experiment import Experiment, load_experiment, replace
 from twoclocks.export import open_port
 from twoclocks.hosts import Agreed, agree, agreed_hosts, is_wide, origin_of, shown, somebody_is_there
 from twoclocks.levels import one_run_only
+from twoclocks.locust_options import apply_options, take_ours
 from twoclocks.masks import tells_a_secret
-from twoclocks.master import MasterSide, apply_options
+from twoclocks.master import MasterSide
 from twoclocks.run_folder import refuse_existing
 from twoclocks.shapes import first_users, in_window, length_s
 from twoclocks.web_guard import check, guard, web_password
@@ -103,7 +104,8 @@ def add_options(parser: Any) -> None:
         include_in_web_ui=False,
         help="no login for a web UI that listens wider than this machine, since something else keeps others out",
     )
-    parser.set_defaults(web_host="127.0.0.1", master_bind_host="127.0.0.1")
+    # users of a worker that is gone move to the others; who speaks to the master's port is not asked who he is
+    parser.set_defaults(web_host="127.0.0.1", master_bind_host="127.0.0.1", enable_rebalancing=True)
 
 
 def on_init(environment: Environment, runner: Any, **_: Any) -> None:
@@ -145,7 +147,7 @@ def on_init(environment: Environment, runner: Any, **_: Any) -> None:
     environment.stop_timeout = load.drain_s
     # the measured time begins after the warm-up, so the clock of a headless run is ours; elsewhere this fills the form
     options.run_time = None if options.headless else round(length_s(load))
-    side = MasterSide(environment, runner, options, experiment, settings)
+    side = MasterSide(environment, runner, options, take_ours(options), experiment, settings)
     if environment.web_ui is not None:
         add_tab(environment.web_ui, options.web_base_path, side.shown)
 
@@ -183,8 +185,8 @@ def _warnings(settings: Experiment, options: Any, is_master: bool) -> list[str]:
     host = options.master_bind_host
     if is_master and is_wide(host):
         told.append(
-            f"--master-bind-host: whoever reaches {shown(host)}:{options.master_bind_port} can join as a worker, which "
-            "is sent the experiment with its headers; keep it inside a network of your own"
+            f"--master-bind-host: whoever reaches {shown(host)}:{options.master_bind_port} can join as a worker, is "
+            "told the experiment without its secrets, and can send records; keep it inside a network of your own"
         )
     return told
 

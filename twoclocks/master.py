@@ -11,7 +11,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,22 @@ from greenlet import GreenletExit
 from locust.env import Environment
 from locust.runners import STATE_SPAWNING, STATE_STOPPED, MasterRunner
 
-from twoclocks import experiment as experiments
 from twoclocks.client import send
 from twoclocks.collect import Collectors, Job
 from twoclocks.endpoint import make_endpoint, request_headers, secrets_of, token_counter
 from twoclocks.errors import TwoclocksError, plain
 from twoclocks.experiment import Experiment
 from twoclocks.export import Exporter, start_exporter
+from twoclocks.fleet import Fleet
+from twoclocks.frames import Frame
 from twoclocks.live import REFRESH_S, LiveView, Moment, is_shown
-from twoclocks.masks import masked, masked_word, redact
+from twoclocks.locust_options import Ours, apply_options, started, told_overrides
+from twoclocks.masks import redact
 from twoclocks.prefix_plan import Sent, intended
 from twoclocks.prompts import Prompt
 from twoclocks.reader import connect, reader_name
 from twoclocks.record import Record
-from twoclocks.run_folder import RunFolder, first_meta, this_clock
+from twoclocks.run_folder import RunFolder, first_meta
 from twoclocks.selfwatch import watch
 from twoclocks.shapes import dealt, in_window, is_open, length_s
 from twoclocks.target import metrics_urls, resolve
@@ -58,9 +60,15 @@ class MasterSide:
     """Begins and ends runs in the process that owns the run folder: Locust's master, or its only process."""
 
     def __init__(
-        self, environment: Environment, runner: Any, options: Namespace, written: Experiment, settings: Experiment
+        self,
+        environment: Environment,
+        runner: Any,
+        options: Namespace,
+        ours: Ours,
+        written: Experiment,
+        settings: Experiment,
     ) -> None:
-        self.environment, self.runner, self.options = environment, runner, options
+        self.environment, self.runner, self.options, self.ours = environment, runner, options, ours
         self.written = written  # as the file and --set have it
         self.experiment = settings  # as Locust's own options have changed it
         self.folder: RunFolder | None = None
@@ -78,13 +86,9 @@ class MasterSide:
         self.zero_ns = 0
         self.model = self.salt = ""
         self.kept = 0  # lines of requests.jsonl
-        self.received: dict[str, int] = {}  # lines of each worker
-        self.sent: dict[str, int] = {}  # lines that a worker says it sent, once it is done
-        self.shares: dict[str, int] = {}
-        self.exhausted: set[str] = set()  # workers that have sent all of their share
-        self.unsent: dict[str, dict[str, Any]] = {}  # what each worker says that it did not send
+        self.fleet: Fleet | None = None  # the workers of the run, where there are any
         self.prompts: list[Prompt] = []
-        self.sent_warmup, self.sent_of_workers = Sent(), dict[str, bytes]()  # prompts
+        self.sent_warmup = Sent()  # prompts
         self.time_is_up = False
         self.broken: str | None = None
         self.refused: str | None = None  # why the last run that was asked for could not begin
@@ -95,10 +99,9 @@ class MasterSide:
         environment.events.quitting.add_listener(lambda **_: self.quitting())
         environment.events.quit.add_listener(lambda **_: self.leave())
         if isinstance(runner, MasterRunner):
-            runner.register_message("twoclocks_lines", self.on_lines)
-            runner.register_message("twoclocks_done", self.on_done)
-            runner.register_message("twoclocks_exhausted", self.on_exhausted)
-            environment.events.worker_connect.add_listener(lambda client_id, **_: self.welcome(client_id))
+            runner.register_message("twoclocks_ping", self.on_ping)
+            runner.register_message("twoclocks_frame", self.on_frame)
+            runner.register_message("twoclocks_hello", self.on_hello)
 
     # begin
 
@@ -124,6 +127,9 @@ class MasterSide:
             self.note(why)
             self.stopping()
             self.end()
+        elif self.fleet is not None:
+            self.fleet.watching.kill()
+            self.fleet = None
         self.runner.update_state(STATE_STOPPED)
         if self.options.headless:
             gevent.spawn(self.runner.quit)
@@ -136,8 +142,7 @@ class MasterSide:
             )
         experiment = self.experiment
         self.environment.stop_timeout = experiment.load.drain_s
-        self.kept, self.received, self.sent, self.shares = 0, {}, {}, {}
-        self.exhausted, self.unsent, self.sent_of_workers = set(), {}, {}
+        self.kept = 0
         self.time_is_up, self.broken, self.refused = False, None, None
         if self.exporter is not None:  # of the run before, which may still await a last scrape
             self.exporter.close()
@@ -146,13 +151,16 @@ class MasterSide:
         endpoint = make_endpoint(experiment.target, experiment.timeouts)
         prompts = self.prompts = in_window(load_workload(experiment), experiment.load)
         self.salt = new_salt()
-        self.folder = RunFolder.create(experiment, self.options.run_folder)
+        if isinstance(self.runner, MasterRunner):
+            self.fleet = self._gather()
+            self.fleet.await_ready()  # so that a worker that cannot take part is told before any load is sent
+        self.folder = RunFolder.create(experiment, self.ours.run_folder)
         model = redact(self.model, endpoint.secrets)  # as it is shown; requests name it as the server did
         self.zero_ns = time.monotonic_ns()
         target = experiment.target
         self.folder.write_meta(
             **first_meta(self.zero_ns),
-            overrides=masked(_differences(self.written, experiment) | dict(_split(self.options.overrides))),
+            overrides=told_overrides(self.written, experiment, self.ours.overrides),
             labels=experiment.labels,
             reader=reader_name(endpoint),
             target={
@@ -163,7 +171,7 @@ class MasterSide:
                 "model": model,
                 "server_version": redact(version, endpoint.secrets),
             }
-            | _started(self.options.started),
+            | started(self.ours.started),
             workers=1,
         )
         log.info("run folder: %s", self.folder.path)
@@ -188,7 +196,7 @@ class MasterSide:
             on_exhausted=self._all_sent,
             **dealt(experiment.load, prompts),
         )
-        StreamingUser.sender = self.sender
+        StreamingUser.send_for(self.sender)
         if self.options.headless and is_shown():
             title = f"twoclocks: {experiment.name}, {endpoint.target} at {target.url}, {model}"
             self.live = LiveView(title, experiment.load, self.folder.path / "server_samples.jsonl")
@@ -196,7 +204,7 @@ class MasterSide:
         if not isinstance(self.runner, MasterRunner):  # there the workers send, and watch themselves
             reader = reader_name(self.sender.endpoint)
             load = partial(load_now, self.runner, self.sender)
-            self.watch = gevent.spawn(watch, self.zero_ns, 0, os.getpid(), reader, self.keep_self, load)
+            self.watch = gevent.spawn(watch, self._now, 0, os.getpid(), reader, self.keep_self, load)
         self._warm_up()
         self.sent_warmup, self.sender.sent = self.sender.sent, Sent()
         if experiment.load.shape == "trace":  # each time has a prompt of its own
@@ -206,14 +214,12 @@ class MasterSide:
         if is_open(experiment.load):  # the schedule begins with the window, which users must not be late for
             lead_s = OPEN_LEAD_S * (4 if isinstance(self.runner, MasterRunner) else 1)
         self.sender.window_ns = time.monotonic_ns() + round(lead_s * 1e9)
-        if isinstance(self.runner, MasterRunner):
-            clients = [client.id for client in self.runner.clients.all]
-            self.folder.write_meta(workers=len(clients))
-            for client_id in clients:
-                self.welcome(client_id)
-            if is_open(experiment.load) and self.runner.target_user_count != len(clients):
-                # one user sends all that is due in a worker
-                gevent.spawn(self.runner.start, len(clients), len(clients))
+        if self.fleet is not None:
+            self.fleet.open_window(self.zero_ns, self.sender.window_ns)
+            workers = len(self.fleet.peers)
+            self.folder.write_meta(workers=workers)
+            if is_open(experiment.load) and self.runner.target_user_count != workers:
+                gevent.spawn(self.runner.start, workers, workers)  # one user sends all that is due in a worker
         started_at = (self.sender.window_ns - self.zero_ns) / 1e9
         self.folder.write_meta(window={"started_at": started_at, "ended_at": None})
         length = length_s(experiment.load)
@@ -316,8 +322,8 @@ class MasterSide:
     def note(self, text: str) -> None:
         """Something the user should know, now and in the report."""
         log.warning(plain(text))
-        assert self.folder is not None
-        self._tell(notes=[*self.folder.meta["notes"], text])
+        if self.folder is not None:
+            self._tell(notes=[*self.folder.meta["notes"], text])
 
     def _tell(self, **changes: Any) -> None:
         """Change run.json; when that fails the run is over, as in keep()."""
@@ -382,47 +388,39 @@ class MasterSide:
         else:
             self.runner.stop()
 
-    def welcome(self, client_id: str) -> None:
-        """Tell a worker what to send; also one that comes late."""
-        if self.folder is None or self.sender is None or client_id in self.shares:
-            return
-        self.shares[client_id] = len(self.shares)
-        data = {
-            "run": self.folder.path.name,
-            "experiment": msgspec.json.encode(self.experiment),
-            "model": self.model,
-            "salt": self.salt,
-            "zero_ns": self.zero_ns,
-            "window_ns": self.sender.window_ns,
-            "clock": this_clock(),
-            "share": self.shares[client_id],
-            # in an open loop the shares are dealt once, and who comes later has none
-            "shares": self.folder.meta["workers"] if is_open(self.experiment.load) else len(self.runner.clients.all),
-        }
-        self.runner.send_message("twoclocks_run", data, client_id)
+    def _gather(self) -> Fleet:
+        """The workers that are there, each told what this run is."""
+        run = new_salt()
+        return Fleet(
+            self.runner,
+            run,
+            self.experiment,
+            model=self.model,
+            salt=self.salt,
+            keep=self._keep_frame,
+            note=self.note,
+            on_exhausted=self._all_sent,
+            on_alone=lambda: gevent.spawn(self._stop_or_quit),  # who looks after the workers is ended with them
+        )
 
-    def on_lines(self, msg: Any, **_: Any) -> None:
-        """Finished lines of a worker."""
-        if self.folder is None or msg.data["run"] != self.folder.path.name:
-            return
-        lines: bytes = msg.data["lines"]
-        self.received[msg.node_id] = self.received.get(msg.node_id, 0) + lines.count(b"\n")
-        self.keep(lines)
-        self.keep_self(msg.data["self"])
+    def on_hello(self, msg: Any, **_: Any) -> None:
+        """A worker has come, and listens; where a run is under way it takes part."""
+        if self.fleet is not None:
+            self.fleet.welcome(msg.node_id)
 
-    def on_done(self, msg: Any, **_: Any) -> None:
-        """A worker has drained, and says how many lines it sent."""
-        if self.folder is not None and msg.data["run"] == self.folder.path.name:
-            self.sent[msg.node_id] = msg.data["lines"]
-            self.unsent[msg.node_id] = msg.data["unsent"]  # a worker may say so twice
-            self.sent_of_workers[msg.node_id] = msg.data["sent"]
+    def on_ping(self, msg: Any, **_: Any) -> None:
+        """A worker asks for the time."""
+        if self.fleet is not None:
+            self.fleet.on_ping(msg)
 
-    def on_exhausted(self, msg: Any, **_: Any) -> None:
-        """A worker has sent all of its share, and all of it has ended."""
-        if self.folder is not None and msg.data["run"] == self.folder.path.name:
-            self.exhausted.add(msg.node_id)
-            if self.exhausted >= set(self.shares):
-                self._all_sent()
+    def on_frame(self, msg: Any, **_: Any) -> None:
+        """Lines of a worker."""
+        if self.fleet is not None:
+            self.fleet.on_frame(msg)
+
+    def _keep_frame(self, frame: Frame) -> None:
+        self.keep(frame.lines)
+        self.keep_self(frame.self_lines)
 
     def _all_sent(self) -> None:
         if not self.time_is_up:
@@ -472,8 +470,9 @@ class MasterSide:
 
     def _end(self, folder: RunFolder) -> None:
         """Collect the last lines, close the folder, build the report, set the exit code."""
-        if isinstance(self.runner, MasterRunner):
-            self._await_workers()
+        if self.fleet is not None:
+            self.fleet.await_done(self.experiment.load.drain_s + WORKER_GRACE_S)
+        fleet, self.fleet = self.fleet, None
         self._hide()
         if self.watch is not None:
             self.watch.kill()
@@ -481,18 +480,23 @@ class MasterSide:
             for text in self.collectors.stop(self.kept):
                 self.note(text)
             self._tell(foreign_spans=self.collectors.foreign_spans)
-        missing = len(set(self.shares) - set(self.sent))
-        unsent = [*self.unsent.values(), *([self.sender.unsent()] if self.sender is not None else [])]
+        if fleet is not None:
+            window = folder.meta["window"]
+            trace = [prompt.at for prompt in self.prompts]
+            self._tell(fleet=list(fleet.told(self.zero_ns, (window["started_at"], window["ended_at"]), trace)))
+        missing = len(fleet.missing) if fleet is not None else 0
+        done = fleet.done if fleet is not None else []
+        unsent = [told["unsent"] for told in done] + ([self.sender.unsent()] if self.sender is not None else [])
         turns = sum((Counter(told["turns_not_sent"]) for told in unsent), Counter[str]())
         self._tell(
-            prefix_intended=None if missing else self._intended(),
+            prefix_intended=None if missing else self._intended([told["sent"] for told in done]),
             not_sent=sum(told["not_sent"] for told in unsent),
             turns_not_sent=dict(turns) if self.experiment.workload.sessions != "none" else None,
             status="finished" if self.time_is_up else "interrupted",
             ended_at=self._now(),
             in_flight=None if missing else 0,
             missing_workers=missing,
-            lost_records=sum(self.sent.values()) - sum(self.received.get(worker, 0) for worker in self.sent),
+            lost_records=sum(peer.lost for peer in fleet.peers.values()) if fleet is not None else 0,
         )
         if self.exporter is not None and (missing_figures := self.exporter.finish()):
             self.note(missing_figures)
@@ -503,27 +507,17 @@ class MasterSide:
             self.environment.process_exit_code = 4
         if not self.options.no_report:
             self._report(folder.path)
+        if fleet is not None and fleet.was_alone and self.options.headless:
+            gevent.spawn(self.runner.quit)  # Locust ends the run when the last worker is gone, but not itself
 
-    def _intended(self) -> dict[str, Any] | None:
+    def _intended(self, of_workers: list[bytes]) -> dict[str, Any] | None:
         """What a perfect prefix cache could have answered; None where nothing of the workload was sent."""
         if self.sender is None or {"messages", "prompt", "inputs"} & self.experiment.target.extra_body.keys():
             return None
-        workers = (msgspec.msgpack.decode(told, type=Sent) for told in self.sent_of_workers.values())
+        workers = (msgspec.msgpack.decode(told, type=Sent) for told in of_workers)
         salt = self.experiment.workload.salt
         told = intended(self.prompts, [*workers, self.sender.sent], self.sent_warmup, salt)
         return msgspec.structs.asdict(told) if told.characters else None
-
-    def _await_workers(self) -> None:
-        assert self.folder is not None
-        workers = set(self.shares) & {client.id for client in self.runner.clients.all}
-        for client_id in workers:
-            self.runner.send_message("twoclocks_stop", {"run": self.folder.path.name}, client_id)
-        deadline = time.monotonic() + self.experiment.load.drain_s + WORKER_GRACE_S
-        while not workers <= set(self.sent) and time.monotonic() < deadline:
-            gevent.sleep(0.05)
-        missing = set(self.shares) - set(self.sent)
-        if missing:
-            self.note(f"{len(missing)} of {len(self.shares)} workers ended without their last lines: {sorted(missing)}")
 
     def _report(self, path: Path) -> None:
         """In a process of its own, so that the load generator never imports what draws."""
@@ -552,53 +546,3 @@ class MasterSide:
         if self.options.headless and self.ended:
             sys.stdout.write(f"run folder: {self.ended[-1]}\n")
             sys.stdout.flush()
-
-
-def apply_options(experiment: Experiment, options: Namespace) -> Experiment:
-    """The experiment with Locust's -H, -u, -r, -t and --stop-timeout in their places. Raises ExperimentError."""
-    changes: dict[str, Any] = {}
-    if options.host:
-        changes["target.url"] = options.host
-    is_ramp = experiment.load.shape == "ramp"  # in any other shape the number of Locust users is not the user's to set
-    if options.num_users is not None and is_ramp:
-        changes["load.users"] = options.num_users
-    if options.spawn_rate is not None and is_ramp:
-        changes["load.ramp_s"] = (options.num_users or experiment.load.users) / options.spawn_rate
-        if changes["load.ramp_s"] <= 1:
-            changes["load.ramp_s"] = 0  # all of them in Locust's first step
-    if options.run_time and experiment.load.shape != "steps":
-        changes["load.duration_s"] = options.run_time
-    if float(options.stop_timeout or 0):
-        changes["load.drain_s"] = float(options.stop_timeout)
-    for key, value in changes.items():
-        experiment = experiments.replace(experiment, key, value)
-    return experiment
-
-
-def _started(facts: Path | None) -> dict[str, Any]:
-    """What is known of a server that was started for this run. Raises TwoclocksError."""
-    if facts is None:
-        return {}
-    try:
-        return {"started": msgspec.json.decode(facts.read_bytes())}
-    except (OSError, msgspec.MsgspecError) as error:
-        raise TwoclocksError(f"--started {facts}: cannot be read: {' '.join(str(error).split())}") from None
-
-
-def _differences(before: Experiment, after: Experiment) -> dict[str, Any]:
-    """Dotted keys whose value changed, with the new value."""
-    old, new = _flat(msgspec.to_builtins(before)), _flat(msgspec.to_builtins(after))
-    return {key: value for key, value in new.items() if old.get(key) != value and "headers" not in key}
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _split(overrides: list[str]) -> Iterator[tuple[str, str]]:
-    for override in overrides:
-        key, _, value = masked_word(override).partition("=")
-        yield key, value

@@ -52,9 +52,13 @@ RUN_JSON = {
     "window": "started_at and ended_at of the measuring window, s on the run's clock",
     "ended_at": "end of the run, drain included, s on the run's clock",
     "in_flight": "requests that had no end when the run ended; null: not known",
-    "lost_records": "lines of workers that did not reach the master",
+    "lost_records": "requests that workers had begun, as far as the master heard, and that have no record",
     "missing_workers": "workers that ended before the run did",
     "workers": "processes that sent load",
+    "fleet": "a row a worker, in s on the run's clock: host, pid; late, joined_at, heard_until, done_at; begun, "
+    "records, lost; due_not_sent of one that went missing in an open loop; silences, from the last word to the next; "
+    "held_s, how long it held requests back; frames, frames_repeated; clock: shared with the master, offset_s (the "
+    "master's less its own, at the last), error_s (the largest), drift (s/s), round_trip_s (the least), exchanges",
     "notes": "what the run noticed and a reader should know, in sentences",
     "overrides": "keys that --set, Locust's options or the web form changed, with their values",
     "labels": "the experiment's own",

@@ -34,7 +34,7 @@ class SelfSample(msgspec.Struct, frozen=True):
 
 
 def watch(
-    zero_ns: int,
+    clock: Callable[[], float],
     worker: int,
     pid: int,
     reader: str,
@@ -43,7 +43,7 @@ def watch(
 ) -> None:
     """Write a line a second, for ever. Runs in a greenlet of its own.
 
-    ``load`` tells users, requests in flight, and requests not sent so far.
+    ``clock`` tells seconds on the run's clock, ``load`` users, requests in flight, and requests not sent so far.
     """
     encoder = msgspec.json.Encoder()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -52,7 +52,7 @@ def watch(
         now_cpu, now_loop_cpu, now = time.process_time(), time.thread_time(), time.monotonic()
         users, in_flight, not_sent = load()
         sample = SelfSample(
-            at=(time.monotonic_ns() - zero_ns) / 1e9,
+            at=clock(),
             worker=worker,
             pid=pid,
             reader=reader,

@@ -59,6 +59,13 @@ def count_of(total: int, share: int, shares: int) -> int:
     return total // shares + (share < total % shares) if share < shares else 0
 
 
+def due_within(load: Load, trace: Sequence[float | None], seconds: float, share: int, shares: int) -> int | None:
+    """How many requests of a share the clock makes due so far into the window; None where it makes none due."""
+    if load.shape not in ("rate", "trace"):
+        return None
+    return sum(1 for _ in _before(share_of(arrival_times(load, trace), share, shares), seconds))
+
+
 def in_window(prompts: list[Prompt], load: Load) -> list[Prompt]:
     """The prompts of a trace that lie in its window, by time; of any other shape all. Raises ExperimentError."""
     if load.shape != "trace":

@@ -17,6 +17,7 @@ from twoclocks.calibration import Calibration, calibration_of, error_bars
 from twoclocks.checks import checks, joined
 from twoclocks.clocks import CLOCKS, METRICS, PAGE, SILENCES, silences
 from twoclocks.expositions import Scrapes
+from twoclocks.fleet_summary import worker_lines
 from twoclocks.gpu_summary import DEFINITIONS as GPU_DEFINITIONS
 from twoclocks.gpu_summary import gpu_figures
 from twoclocks.load import LogSeries, Run, stage_names, stage_urls
@@ -617,7 +618,7 @@ def _notes(run: Run) -> list[str]:
         )
     if run.log_series:
         told.append(f"Times in the server's log that name no zone were read as {run.log_series[0].zone}.")
-    return [str(note) for note in run.meta.get("notes") or []] + told
+    return [str(note) for note in run.meta.get("notes") or []] + told + worker_lines(run.meta.get("fleet") or [])
 
 
 def _errors(measured: pd.DataFrame) -> list[dict[str, Any]]:

@@ -29,6 +29,12 @@ from twoclocks.workload import Plan
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # a user's pause after a failure, doubled each time, so that it cannot spin
 
 
+def _set_event() -> Event:
+    event = Event()
+    event.set()
+    return event
+
+
 class Sender(msgspec.Struct):
     """What users of this process share while a run lasts."""
 
@@ -47,17 +53,23 @@ class Sender(msgspec.Struct):
     in_flight: int = 0
     not_sent: int = 0  # requests that were due while load.max_in_flight others were under way
     turns_not_sent: dict[str, int] = msgspec.field(default_factory=dict)  # of sessions that were begun: why -> how many
-    taken: bool = False  # does a user of this process see to the open loop?
     sent: Sent = msgspec.field(default_factory=Sent)
+    loop: gevent.Greenlet | None = None  # the open loop of this process
     over: Any = msgspec.field(default_factory=Event)  # gevent's Event: what is sent from now on is outside the window
+    may_send: Any = msgspec.field(default_factory=_set_event)  # an Event; a worker may have to wait
+
+    def now(self) -> float:
+        """Seconds on the run's clock."""
+        return (time.monotonic_ns() - self.zero_ns) / 1e9
 
     def origin(self, user: int) -> Origin:
-        """Who a request is sent by, and what its record keeps."""
+        """Who a request is sent by, and what its record keeps; made for each, as what is known of the clock changes."""
         keep_text = self.experiment.output_text or self.experiment.workload.sessions == "own"
         return Origin(self.zero_ns, self.worker, user, keep_text, self.count_tokens)
 
     def take(self) -> Plan | None:
         """The next to send, and the count of those under way; None if there is none. Its end goes to `ended`."""
+        self.may_send.wait()
         if self.over.is_set() or (self.left is not None and self.left <= 0):
             return None
         plan = next(self.plans, None)
@@ -145,20 +157,31 @@ class StreamingUser(User):
     """Sends the next prompt when the last answer has ended; in an open loop it sees to all requests of its process."""
 
     sender: ClassVar[Sender]  # of the run that lasts
+    has_sender: ClassVar[Event] = Event()  # a worker that comes late may be told of users before it is told of the run
+    connection: Connection | None = None
     turn: Plan | None = None  # the next one of the conversation that this user is in
     due_ns: int | None = None  # and when it is due
 
     def on_start(self) -> None:
         """Take the number and the connection that this user keeps."""
+        self.has_sender.wait()
         self.connection = connect(self.sender.endpoint)
-        self.origin = self.sender.origin(next(self.sender.numbers))
+        self.number = next(self.sender.numbers)
         self.pause_s = FIRST_PAUSE_S
+        self.sender.may_send.wait()
 
     def on_stop(self) -> None:
         """Let the server see the end of this user, and count what it leaves unsaid."""
-        self.connection.close()
+        if self.connection is not None:
+            self.connection.close()
         if self.turn is not None:
             self.sender.give_up(1 + self.turn.later, "stopped")
+
+    @classmethod
+    def send_for(cls, sender: Sender) -> None:
+        """From now on users of this process take their requests from there."""
+        cls.sender = sender
+        cls.has_sender.set()
 
     def wait_time(self) -> float:
         """Seconds until the next task: between two turns the rest of the think time, in which Locust may end a user."""
@@ -169,9 +192,7 @@ class StreamingUser(User):
         """One request, from intention to record."""
         sender = self.sender
         if sender.arrivals is not None or sender.experiment.load.shape == "batch":
-            if not sender.taken:
-                sender.taken = True
-                OpenLoop(self.environment, sender, self.origin).run()
+            self._see_to_the_open_loop()
             raise StopUser
         plan, due_ns = self.turn, self.due_ns
         self.turn = self.due_ns = None
@@ -181,7 +202,8 @@ class StreamingUser(User):
             plan = None
         if plan is None:
             raise StopUser
-        record = send(self.connection, plan, self.origin, "measure", due_ns)
+        assert self.connection is not None
+        record = send(self.connection, plan, sender.origin(self.number), "measure", due_ns)
         sender.ended(self.environment, plan, record)
         self.turn = sender.following(plan, record)
         if self.turn is not None:
@@ -194,12 +216,27 @@ class StreamingUser(User):
             gevent.sleep(self.pause_s)
             self.pause_s = min(2 * self.pause_s, LONGEST_PAUSE_S)
 
+    def _see_to_the_open_loop(self) -> None:
+        """The first user of a process does. Its loop outlives it where Locust moves users to other workers: what is due
+        here was dealt once, and stays here.
+        """
+        sender = self.sender
+        if sender.loop is not None:
+            return
+        sender.loop = gevent.spawn(OpenLoop(self.environment, sender, self.number).run)
+        try:
+            sender.loop.get()
+        except GreenletExit:
+            if sender.over.is_set():  # at the end of the drain; each request still becomes a record
+                sender.loop.kill()
+            raise
+
 
 class OpenLoop:
     """Requests that leave when they are due, each in a greenlet of its own, on connections that they share."""
 
-    def __init__(self, environment: Environment, sender: Sender, origin: Origin) -> None:
-        self.environment, self.sender, self.origin = environment, sender, origin
+    def __init__(self, environment: Environment, sender: Sender, user: int) -> None:
+        self.environment, self.sender, self.user = environment, sender, user
         self.load = sender.experiment.load
         self.idle: list[Connection] = []
         self.running: set[gevent.Greenlet] = set()
@@ -263,7 +300,7 @@ class OpenLoop:
         sender = self.sender
         while True:
             connection = self.idle.pop() if self.idle else connect(sender.endpoint)
-            record = send(connection, plan, self.origin, "measure", due_ns)
+            record = send(connection, plan, sender.origin(self.user), "measure", due_ns)
             self.idle.append(connection)
             sender.ended(self.environment, plan, record)
             turn = sender.following(plan, record)

@@ -1,108 +1,272 @@
-"""A worker's side of a run: its finished lines go to the master in small batches."""
+"""A worker's side of a run: what it is told to send, its clock beside the master's, and its records' way there."""
 
 import itertools
 import logging
 import os
+import socket
+import sys
+import time
+from argparse import Namespace
+from collections import deque
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gevent
 import msgspec
 from locust.env import Environment
+from locust.exception import RPCError
 
 from twoclocks.endpoint import make_endpoint, token_counter
-from twoclocks.experiment import Experiment
+from twoclocks.errors import TwoclocksError
+from twoclocks.experiment import Experiment, load_experiment
+from twoclocks.frames import HELD_BYTES, Outbox
+from twoclocks.offset import KEPT, Exchange, Offset, estimate, same_clock
+from twoclocks.orders import Order, ordered
 from twoclocks.reader import reader_name
 from twoclocks.run_folder import this_clock
 from twoclocks.selfwatch import watch
-from twoclocks.shapes import dealt, in_window
+from twoclocks.shapes import dealt, in_window, is_open
 from twoclocks.user import Sender, StreamingUser, load_now
 from twoclocks.workload import load_workload, plans
 
 FLUSH_S = 0.5  # a killed worker loses at most this much of its finished requests
+BURST, BURST_S = 16, 0.025  # exchanges before the first request, and the time between two of them
+ASK_S = 0.5  # between two exchanges from then on
+LAST_WORDS_S = 3.0  # for the master's word that it has the last lines, when this process is told to end
+USERS_OF_LATE = 1_000_000  # numbers between the first users of late workers, so that no user's number comes twice
 
 log = logging.getLogger("twoclocks")
 
 
 class WorkerSide:
-    """Sends the finished lines of this worker to the master, in small batches."""
+    """Takes part in the master's runs, one after the other."""
 
     def __init__(self, environment: Environment, runner: Any) -> None:
         self.environment, self.runner = environment, runner
-        self.run: str | None = None
-        self.lines: list[bytes] = []
-        self.self_lines: list[bytes] = []
-        self.watch: gevent.Greenlet | None = None
-        self.count = 0
-        runner.register_message("twoclocks_run", self.on_run)
+        self.own = Namespace(**vars(environment.parsed_options))  # the master's take their place when users are spawned
+        self.order: Order | None = None
+        self.sender: Sender | None = None
+        self.outbox = Outbox("")
+        self.exchanges: deque[Exchange] = deque(maxlen=KEPT)
+        self.exchanged = 0
+        self.offset: Offset | None = None
+        self.worst_s = 0.0  # the largest error of the offset so far
+        self.shares_clock = False
+        self.window: tuple[int, int] | None = None  # zero and begin of the window, ns of the master's clock
+        self.refusal: str | None = None
+        self.is_ending = self.is_done = False
+        self.full_since: float | None = None
+        self.held_s = 0.0  # how long requests were held back, since the master did not take the records
+        self.helpers: list[gevent.Greenlet] = []
+        for name in ("run", "window", "pong", "ack"):
+            runner.register_message(f"twoclocks_{name}", getattr(self, f"on_{name}"))
         runner.register_message("twoclocks_stop", self.on_stop, concurrent=True)
         environment.events.test_stopping.add_listener(lambda **_: self.stopping())
         environment.events.test_stop.add_listener(lambda **_: self.done())
+        environment.events.quitting.add_listener(lambda **_: self.leave())
         gevent.spawn(self._flush_for_ever)
+        # Locust itself has greeted the master before we could listen
+        runner.send_message("twoclocks_hello")
+
+    # before the window
 
     def on_run(self, msg: Any, **_: Any) -> None:
-        """What the master says before it spawns users here."""
-        data = msg.data
-        experiment = msgspec.json.decode(data["experiment"], type=Experiment)
-        if data["clock"] != this_clock():
-            log.error("this worker has another clock than the master; workers on other hosts are not supported yet")
-            self.runner.quit()
-            return
+        """The master begins a run: read what it takes, and ask for the time. Users wait until the window is known."""
+        order = msgspec.convert(msg.data, Order)
+        if self.order is not None and order.run == self.order.run:
+            return  # it was told twice
+        gevent.killall(self.helpers)
+        self.order = order
+        self.sender, self.window, self.offset, self.refusal = None, None, None, None
+        self.is_ending = self.is_done = False
+        self.full_since, self.held_s, self.worst_s, self.exchanged = None, 0.0, 0.0, 0
+        self.outbox = Outbox(order.run)
+        self.exchanges.clear()
+        self.shares_clock = order.clock == this_clock()
+        try:
+            experiment = ordered(order, self._own_experiment)
+            self.sender = self._sender(order, experiment)
+            StreamingUser.send_for(self.sender)
+        except TwoclocksError as error:
+            self.refusal = str(error)
+            sys.stderr.write(f"twoclocks: this worker cannot take part: {error}\n")
+        self.helpers = [gevent.spawn(self._ask_for_ever)]
+
+    def _own_experiment(self) -> Experiment:
+        own = self.own
+        return load_experiment(Path(own.experiment), own.overrides, target=own.target, variant=own.variant)
+
+    def _sender(self, order: Order, experiment: Experiment) -> Sender:
         prompts = in_window(load_workload(experiment), experiment.load)
-        self.run, self.lines, self.self_lines, self.count = data["run"], [], [], 0
-        endpoint = make_endpoint(experiment.target, experiment.timeouts)
-        reader = reader_name(endpoint)
-        share, shares = data["share"], data["shares"]
-        StreamingUser.sender = Sender(
+        share, shares = order.share, order.shares
+        deal = dealt(experiment.load, prompts, share, shares)
+        if order.late and (is_open(experiment.load) or deal["left"] is not None):
+            deal["arrivals"], deal["left"] = None, 0  # all that is due was dealt before it came
+        sender = Sender(
             experiment=experiment,
-            endpoint=endpoint,
-            zero_ns=data["zero_ns"],
+            endpoint=make_endpoint(experiment.target, experiment.timeouts),
+            zero_ns=0,
             worker=share,
-            plans=plans(experiment, prompts, data["model"], share=share, shares=shares, salt=data["salt"]),
-            sink=self.lines.append,
+            plans=plans(experiment, prompts, order.model, share=share, shares=shares, salt=order.salt),
+            sink=self._keep,
             count_tokens=token_counter(experiment.target.tokenizer),
-            numbers=itertools.count(share, shares),
-            on_exhausted=lambda: self.runner.send_message("twoclocks_exhausted", {"run": self.run}),
-            window_ns=data["window_ns"],
-            **dealt(experiment.load, prompts, share, shares),
+            numbers=itertools.count(share * USERS_OF_LATE) if order.late else itertools.count(share, shares),
+            on_exhausted=self._exhausted,
+            **deal,
         )
-        load = partial(load_now, self.runner, StreamingUser.sender)
-        self.watch = gevent.spawn(watch, data["zero_ns"], share, os.getpid(), reader, self.self_lines.append, load)
+        sender.may_send.clear()
+        return sender
+
+    def on_window(self, msg: Any, **_: Any) -> None:
+        """When the run and its window begin: from now on users may send."""
+        if not self._is_of_run(msg) or self.sender is None or self.window is not None:
+            return
+        self.window = msg.data["zero_ns"], msg.data["window_ns"]
+        self._set_clock()
+        sender = self.sender
+        sender.may_send.set()
+        reader, load = reader_name(sender.endpoint), partial(load_now, self.runner, sender)
+        write = self.outbox.put_self
+        self.helpers.append(gevent.spawn(watch, sender.now, sender.worker, os.getpid(), reader, write, load))
+
+    # the clock
+
+    def _ask_for_ever(self) -> None:
+        """Ask the master for the time, quickly at first, then for as long as the run lasts, and say what we are at."""
+        asked = 0
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "refusal": self.refusal}
+        while not (self.is_done and self.outbox.is_empty):
+            ready, told = self.exchanged >= BURST and self.refusal is None, self.window is not None
+            now = {"ready": ready, "has_window": told, "state": self._state()}
+            self._send("ping", {"sent_ns": time.monotonic_ns(), **who, **now})
+            asked += 1
+            gevent.sleep(BURST_S if asked <= BURST else ASK_S)
+
+    def on_pong(self, msg: Any, **_: Any) -> None:
+        """The master's answer."""
+        back_ns = time.monotonic_ns()
+        if not self._is_of_run(msg):
+            return
+        one = Exchange(msg.data["sent_ns"] / 1e9, msg.data["told_ns"] / 1e9, back_ns / 1e9)
+        self.exchanges.append(one)
+        self.exchanged += 1
+        self.shares_clock &= same_clock([one])
+        self._set_clock()
+
+    def _set_clock(self) -> None:
+        """Times of what is sent from now on are the master's, as well as they are known."""
+        self.offset = estimate(self.exchanges, time.monotonic_ns() / 1e9)
+        if self.window is not None and self.sender is not None:
+            self.worst_s = max(self.worst_s, self.offset.error_s)
+            ahead_ns = 0 if self.shares_clock else round(self.offset.offset_s * 1e9)
+            self.sender.zero_ns, self.sender.window_ns = (moment - ahead_ns for moment in self.window)
+
+    @property
+    def _begun(self) -> int:
+        return self.outbox.lines + (self.sender.in_flight if self.sender is not None else 0)
+
+    def _state(self) -> dict[str, Any]:
+        """What the master should know of this worker, should it be the last that it hears."""
+        held_s = self.held_s + (time.monotonic() - self.full_since if self.full_since is not None else 0.0)
+        told: dict[str, Any] = {"begun": self._begun, "held_s": round(held_s, 3)}
+        if self.offset is not None:
+            told["clock"] = {
+                "shared": self.shares_clock,
+                "offset_s": 0.0 if self.shares_clock else self.offset.offset_s,
+                "error_s": 0.0 if self.shares_clock else self.worst_s,
+                "drift": 0.0 if self.shares_clock else self.offset.drift,
+                "round_trip_s": self.offset.round_trip_s,
+                "exchanges": self.exchanged,
+            }
+        return told
+
+    # records
+
+    def _keep(self, line: bytes) -> None:
+        """A finished record. Where the master takes none for long, no further requests may leave."""
+        self.outbox.put(line)
+        if self.outbox.held_bytes > HELD_BYTES and self.full_since is None and self.sender is not None:
+            self.full_since = time.monotonic()
+            self.sender.may_send.clear()
+            log.warning(
+                "the master has not taken %d MB of records; requests are held back until it does",
+                self.outbox.held_bytes // 1_000_000,
+            )
+
+    def on_ack(self, msg: Any, **_: Any) -> None:
+        """The master has all frames up to a number."""
+        if not self._is_of_run(msg):
+            return
+        self.outbox.acknowledge(msg.data["number"], time.monotonic())
+        if self.full_since is not None and self.outbox.held_bytes < HELD_BYTES / 2 and self.sender is not None:
+            self.held_s += time.monotonic() - self.full_since
+            self.full_since = None
+            self.sender.may_send.set()
+        self._flush()
+
+    def _flush_for_ever(self) -> None:
+        while True:
+            gevent.sleep(FLUSH_S)
+            self._flush()
+
+    def _flush(self) -> None:
+        for frame in self.outbox.due(time.monotonic()):
+            if not self._send("frame", msgspec.structs.asdict(frame) | {"begun": self._begun}):
+                return  # it counts as under way, and will go again
+
+    def _send(self, what: str, data: dict[str, Any]) -> bool:
+        """To the master; False if the connection took nothing."""
+        try:
+            self.runner.send_message(f"twoclocks_{what}", {"run": self.outbox.run} | data)
+        except RPCError:
+            return False
+        return True
+
+    def _is_of_run(self, msg: Any) -> bool:
+        return self.order is not None and bool(msg.data["run"] == self.order.run)
+
+    # end
+
+    def _exhausted(self) -> None:
+        self.outbox.say(exhausted=True)
 
     def on_stop(self, msg: Any, **_: Any) -> None:
         """The master ends the run and waits for our last lines."""
-        if msg.data["run"] == self.run:
+        if self._is_of_run(msg) and not self.is_ending:
             self.runner.stop()
             self.done()
 
     def stopping(self) -> None:
         """What is sent from now on is outside the window."""
-        if self.run is not None:
-            StreamingUser.sender.over.set()
+        if self.sender is not None:
+            self.sender.over.set()
+            self.sender.may_send.set()  # who waits for it sees that it is over
 
     def done(self) -> None:
         """All users have ended: send what is left, and how much it was in all."""
-        if self.run is not None:
-            if self.watch is not None:
-                self.watch.kill()
-            self.flush()
-            sender = StreamingUser.sender
-            sent = msgspec.msgpack.encode(sender.sent)
-            data = {"run": self.run, "lines": self.count, "unsent": sender.unsent(), "sent": sent}
-            self.runner.send_message("twoclocks_done", data)
-            # All users have ended: after its stop message Locust would be deaf, and unknown to the master, for so long.
-            self.runner.environment.stop_timeout = 0
+        sender = self.sender
+        if sender is None or self.is_ending:
+            return
+        self.is_ending = True
+        if sender.loop is not None:  # its user may have been taken away, as Locust shared users out anew
+            sender.loop.join(sender.experiment.load.drain_s)
+            sender.loop.kill()
+        self.is_done = True
+        gevent.killall(self.helpers[1:])  # who asks for the time goes on: the master is to hear of us while it waits
+        told = {"lines": self.outbox.lines, "unsent": sender.unsent(), "sent": msgspec.msgpack.encode(sender.sent)}
+        self.outbox.say(done=told | self._state() | {"repeated": self.outbox.repeated})
+        self._flush()
+        # All users have ended: after its stop message Locust would be deaf, and unknown to the master, for so long.
+        self.runner.environment.stop_timeout = 0
 
-    def flush(self) -> None:
-        """Send the lines that have come since the last time."""
-        if self.lines or self.self_lines:
-            data = {"run": self.run, "lines": b"".join(self.lines), "self": b"".join(self.self_lines)}
-            self.count += len(self.lines)
-            self.lines.clear()
-            self.self_lines.clear()
-            self.runner.send_message("twoclocks_lines", data)
-
-    def _flush_for_ever(self) -> None:
-        while True:
-            gevent.sleep(FLUSH_S)
-            self.flush()
+    def leave(self) -> None:
+        """This process is told to end: let what streams come to its end, and the master have it."""
+        if self.sender is None or self.window is None:
+            return
+        if not self.is_ending:
+            self.runner.stop()
+            self.done()
+        deadline = time.monotonic() + LAST_WORDS_S
+        while not self.outbox.is_empty and time.monotonic() < deadline:
+            gevent.sleep(0.02)
