@@ -25,8 +25,8 @@ def worker_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         worst, drift = max(map(_error_s, others)), max(abs(row["clock"]["drift"]) for row in others)
         lines[0] += (
             f" {len(others)} of them had a clock of their own, known against the master's to ± {worst * 1e3:.2f} ms or "
-            f"better, which ran apart by up to {drift * 1e6:.1f} µs a second. So far times of different workers, the "
-            "edges of the window and tokens/s may be off; durations of one request are its worker's own."
+            f"better, which ran apart by up to {drift * 1e6:.1f} µs a second. Times of different workers, the edges of "
+            "the window and tokens/s may be off by as much; durations of one request are its worker's own."
         )
     shown = [row for row in rows if row in others or row in odd]
     lines += [_line(row) for row in shown[:MOST_LINES]]

@@ -209,7 +209,7 @@ def _clock_offsets(run: Run) -> Reason | None:
     error = float(clock["error_s"])
     text = (
         f"the clock of {fleet_summary.named(bad)} is known to ± {error * 1e3:.1f} ms and drifts by "
-        f"{clock['drift'] * 1e6:+.0f} µs/s: so far its sends, the edges of the window and tokens/s may be off"
+        f"{clock['drift'] * 1e6:+.0f} µs/s: its sends, the edges of the window and tokens/s may be off by as much"
     )
     return Reason(
         "SUSPECT", "clock_offset", text, error,
