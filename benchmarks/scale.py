@@ -22,7 +22,7 @@ class Units:
     kept_bytes: float = 457.0  # of a token that has come, until its answer ends
     record_bytes: float = 727.0  # of a record without tokens
     record_token_bytes: float = 4.84  # with gaps of four or five digits; of more digits, more
-    master_us: float = 13.8  # CPU of a master for a record of 5 tokens that a worker sends it
+    master_us: float = 28.7  # CPU of a master for a record of 5 tokens that a worker sends it
     exporter_record_us: float = 14.7  # CPU of its exporter
     exporter_token_us: float = 0.255
 
