@@ -1,6 +1,7 @@
 """Runs a server in its container, and keeps a copy of what it says where the tester can read it.
 
     python3 serve.py FOLDER KIND MODEL COMMAND [ARGUMENT ...]
+    python3 serve.py --healthy URL      the container's health check: does the server answer there?
 
 Output goes on to standard output (`docker compose logs`) and into FOLDER/KIND.log, of which at most two files of
 MAX_BYTES are kept. FOLDER/about tells the tester the kind and the model, one a line. Signals are passed on to
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 MAX_BYTES = 64 * 1024 * 1024
@@ -97,10 +99,22 @@ def show(data: bytes) -> None:
             data = data[os.write(1, data) :]
 
 
+def is_healthy(url: str) -> bool:
+    """Is there an answer of success? Asked without a proxy, since it is of this container."""
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5):
+            return True
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"serve.py: {url}: {error}\n")
+        return False
+
+
 def main() -> int:
-    """Exit code of the server; 2 for bad usage, 127 where the command is not there."""
+    """Exit code of the server; 2 for bad usage, 127 where the command is not there. Of --healthy: 0 or 1."""
+    if sys.argv[1:2] == ["--healthy"] and len(sys.argv) == 3:
+        return 0 if is_healthy(sys.argv[2]) else 1
     if len(sys.argv) < 5:
-        sys.stderr.write("usage: serve.py FOLDER KIND MODEL COMMAND [ARGUMENT ...]\n")
+        sys.stderr.write("usage: serve.py FOLDER KIND MODEL COMMAND [ARGUMENT ...], or serve.py --healthy URL\n")
         return 2
     folder, (kind, model) = Path(sys.argv[1]), sys.argv[2:4]
     copy = Copy(folder / f"{kind}.log", int(os.environ.get("SERVE_MAX_BYTES", MAX_BYTES)))

@@ -87,7 +87,7 @@ def test_bad_usage_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, SERVE, tmp_path], capture_output=True, text=True, check=False)
 
     assert done.returncode == 2
-    assert done.stderr == "usage: serve.py FOLDER KIND MODEL COMMAND [ARGUMENT ...]\n"
+    assert done.stderr == "usage: serve.py FOLDER KIND MODEL COMMAND [ARGUMENT ...], or serve.py --healthy URL\n"
 
 
 def test_a_folder_that_cannot_be_written_costs_the_copy_alone(tmp_path):
