@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         "Ctrl-C once lets the running streams end, twice cuts them off.",
         epilog="Example: twoclocks run configs/sweep.yaml --set load.duration_s=30, or without a file: twoclocks run "
         "--url http://127.0.0.1:8000 --users 16. Exit code: 0; 1: SLO missed; 2: bad usage; 3: target not reachable; "
-        "4: the run is INVALID; 130: interrupted.",
+        "4: the run is INVALID; 130: several runs, interrupted.",
     )
     run.add_argument("experiment", metavar="EXPERIMENT", nargs="?", type=Path, help="default: configs/default.yaml")
     run.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one of its keys")

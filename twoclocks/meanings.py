@@ -11,7 +11,8 @@ EXIT_CODES = {
     2: "bad usage, or an experiment, a request file or a run folder that cannot be used; nothing was sent",
     3: "the target was not reachable or not ready",
     4: "the run is INVALID: its figures do not measure what they claim",
-    130: "interrupted by Ctrl-C; what had arrived is kept",
+    130: "several runs (sweep, search, study) or an in-process run, interrupted by Ctrl-C; what had arrived is kept. "
+    "A single run that is stopped is judged as it stands, 0 .. 4",
 }
 """Exit code of every command -> when."""
 
