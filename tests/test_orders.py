@@ -1,4 +1,4 @@
-"""What a worker is told, and what it makes of it; and what it does when the master takes no records."""
+"""What a worker is told, and what it makes of it; what either side makes of a bad one at the other end."""
 
 import json
 import subprocess
@@ -172,3 +172,45 @@ def test_a_worker_whose_records_are_not_taken_holds_its_requests_back_until_they
     assert (again, goes_on, has_plan, told) == (True, True, True, True)
     assert (zero, window, lines) == (5, 7, 11)  # on the master's own clock
     assert "the master has not taken 0 MB of records" in done.stderr
+
+
+HOSTILE = """
+import json, sys
+from types import SimpleNamespace
+from twoclocks.experiment import Experiment, Workload
+from twoclocks.fleet import Fleet
+
+client = SimpleNamespace(id="w", state="ready")
+runner = SimpleNamespace(clients=SimpleNamespace(all=[client]), send_message=lambda *a: None, state="running")
+kept = []
+made = Experiment(workload=Workload(requests=sys.argv[1]))
+nothing = lambda *a: None
+calls = {"keep": kept.append, "note": nothing, "on_exhausted": nothing, "on_alone": nothing}
+fleet = Fleet(runner, "r", made, model="m", salt="s", **calls)
+good = {"run": "r", "number": 1, "lines": b"a\\n", "self_lines": b"", "said": {}, "begun": 1}
+words = [None, 7, {}, {"run": "r"}, good | {"number": "x"}, good | {"lines": 3}, good | {"said": {"done": {}}},
+         good | {"said": {"done": {"not_sent": 0, "turns_not_sent": {}, "repeated": 0, "sent": b"\\xc1"}}}]
+refused = 0
+for data in words:
+    for hear in (fleet.on_frame, fleet.on_ping):
+        for name in ("w", "stranger"):
+            try:
+                hear(SimpleNamespace(node_id=name, data=data))
+            except Exception as error:
+                refused += 1
+before = len(kept), fleet.peers["w"].done, list(fleet.peers)
+fleet.on_frame(SimpleNamespace(node_id="stranger", data=good))
+fleet.on_frame(SimpleNamespace(node_id="w", data=good))
+fleet.on_frame(SimpleNamespace(node_id="w", data=good))
+print(json.dumps([refused, before, len(kept), fleet.peers["w"].inbox.repeated]))
+"""
+
+
+def test_what_no_worker_says_changes_nothing_at_the_master(requests):
+    done = subprocess.run([sys.executable, "-c", HOSTILE, str(requests)], capture_output=True, text=True, check=False)
+
+    assert done.stdout, done.stderr
+    refused, before, kept, repeated = json.loads(done.stdout)
+    assert refused > 8
+    assert before == [0, None, ["w"]]
+    assert (kept, repeated) == (1, 1)

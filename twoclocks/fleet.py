@@ -21,6 +21,7 @@ from twoclocks.errors import TwoclocksError
 from twoclocks.experiment import Experiment
 from twoclocks.frames import Frame, Inbox
 from twoclocks.orders import Order, digest, has_key, shipped
+from twoclocks.prefix_plan import Sent
 from twoclocks.run_folder import this_clock
 from twoclocks.shapes import due_within, is_open
 
@@ -32,6 +33,46 @@ LOOK_S = 0.5
 ASK_AGAIN_S = 2.0
 
 log = logging.getLogger("twoclocks")
+
+
+class Clock(msgspec.Struct, frozen=True):
+    """What a worker says of its clock beside the master's; see offset.Offset."""
+
+    shared: bool
+    offset_s: float
+    error_s: float
+    drift: float
+    round_trip_s: float
+    exchanges: int
+
+
+class State(msgspec.Struct, frozen=True):
+    """What a worker says of itself while the run goes on."""
+
+    begun: int = 0  # requests
+    held_s: float = 0.0  # how long it held requests back
+    clock: Clock | None = None
+
+
+class Done(msgspec.Struct, frozen=True):
+    """What a worker says when all of its users have ended."""
+
+    not_sent: int  # see user.Sender.unsent
+    turns_not_sent: dict[str, int]
+    sent: bytes  # a prefix_plan.Sent as msgpack
+    repeated: int  # frames that it sent again
+
+
+class Ping(msgspec.Struct, frozen=True):
+    """A worker asks for the time."""
+
+    sent_ns: int
+    host: str
+    pid: int
+    refusal: str | None
+    ready: bool
+    has_window: bool
+    state: State
 
 
 class Peer:
@@ -49,8 +90,9 @@ class Peer:
         self.ready_at: float | None = None  # time.monotonic(), like the next two
         self.done_at: float | None = None
         self.silences: list[tuple[float, float | None]] = []  # from the last word to the next
-        self.state: dict[str, Any] = {}  # what it said last of itself
-        self.done: dict[str, Any] | None = None  # what it said when all of its users had ended
+        self.state = State()  # what it said last of itself
+        self.done: Done | None = None
+        self.sent = Sent()  # prompts, once it is done
 
     @property
     def is_silent(self) -> bool:
@@ -144,7 +186,10 @@ class Fleet:
     # messages
 
     def hear(self, msg: Any) -> Peer | None:
-        """Who it is that says something of this run; None if nobody who takes part in it."""
+        """Who it is that says something of this run; None if nobody who takes part in it.
+
+        Whoever reaches the port can say anything. What is not as a worker says it ends in Locust's log, and no further.
+        """
         peer = self.peers.get(msg.node_id)
         if peer is None or not isinstance(msg.data, dict) or msg.data.get("run") != self.run:
             return None
@@ -164,18 +209,18 @@ class Fleet:
         told_ns = time.monotonic_ns()
         if (peer := self.hear(msg)) is None:
             return
-        data = msg.data
-        self._send(peer, "pong", {"sent_ns": data["sent_ns"], "told_ns": told_ns})
-        peer.host, peer.pid, peer.refusal, peer.state = data["host"], data["pid"], data["refusal"], data["state"]
+        ping = msgspec.convert(msg.data, Ping)
+        self._send(peer, "pong", {"sent_ns": ping.sent_ns, "told_ns": told_ns})
+        peer.host, peer.pid, peer.refusal, peer.state = ping.host, ping.pid, ping.refusal, ping.state
         if peer.late and peer.refusal is not None:
             self.note(f"{peer.name} came late and cannot take part: {peer.refusal}")
             del self.peers[peer.client_id]
             self.runner.send_message("quit", None, peer.client_id)
             return
-        peer.begun = max(peer.begun, peer.state["begun"])
-        if data["ready"] and not peer.is_ready:
+        peer.begun = max(peer.begun, ping.state.begun)
+        if ping.ready and not peer.is_ready:
             peer.is_ready, peer.ready_at = True, time.monotonic()
-        if peer.is_ready and self.window is not None and not data["has_window"]:
+        if peer.is_ready and self.window is not None and not ping.has_window:
             self._send(peer, "window", self.window)
 
     def on_frame(self, msg: Any) -> None:
@@ -184,13 +229,14 @@ class Fleet:
         if peer is None:
             return
         frame = msgspec.convert(msg.data, Frame)
+        done = msgspec.convert(frame.said["done"], Done) if "done" in frame.said else None
+        sent = msgspec.msgpack.decode(done.sent, type=Sent) if done is not None else Sent()
         peer.begun = max(peer.begun, frame.begun)
         if peer.inbox.take(frame):
             self.keep(frame)
-            peer.done = frame.said.get("done", peer.done)
             peer.is_exhausted |= "exhausted" in frame.said
-            if "done" in frame.said:
-                peer.done_at = time.monotonic()
+            if done is not None:
+                peer.done, peer.sent, peer.done_at = done, sent, time.monotonic()
             self._look_for_the_end()
         self._send(peer, "ack", {"number": peer.inbox.number})
 
@@ -250,11 +296,6 @@ class Fleet:
         """Who took part and did not send its last lines."""
         return [peer for peer in self.peers.values() if peer.done is None]
 
-    @property
-    def done(self) -> list[dict[str, Any]]:
-        """What the others said at their end."""
-        return [peer.done for peer in self.peers.values() if peer.done is not None]
-
     def told(
         self, zero_ns: int, window: tuple[float | None, float | None], trace: Sequence[float | None]
     ) -> Iterator[dict[str, Any]]:
@@ -267,7 +308,6 @@ class Fleet:
         length = ended - began if began is not None and ended is not None else 0.0
         shares = sum(not peer.late for peer in self.peers.values())
         for peer in self.peers.values():
-            said = peer.done or peer.state
             unsent = None
             if peer.done is None and not peer.late:
                 due = due_within(self.experiment.load, trace, length, peer.share, shares)
@@ -285,8 +325,8 @@ class Fleet:
                 "lost": peer.lost,
                 "due_not_sent": unsent,
                 "silences": [[at(since), at(until)] for since, until in peer.silences],
-                "held_s": said.get("held_s", 0.0),
+                "held_s": peer.state.held_s,
                 "frames": peer.inbox.number,
-                "frames_repeated": said.get("repeated", 0),
-                "clock": said.get("clock"),
+                "frames_repeated": peer.done.repeated if peer.done is not None else None,
+                "clock": None if peer.state.clock is None else msgspec.structs.asdict(peer.state.clock),
             }

@@ -29,7 +29,7 @@ from twoclocks.endpoint import make_endpoint, request_headers, secrets_of, token
 from twoclocks.errors import TwoclocksError, plain
 from twoclocks.experiment import Experiment
 from twoclocks.export import Exporter, start_exporter
-from twoclocks.fleet import Fleet
+from twoclocks.fleet import Done, Fleet
 from twoclocks.frames import Frame
 from twoclocks.live import REFRESH_S, LiveView, Moment, is_shown
 from twoclocks.locust_options import Ours, apply_options, started, told_overrides
@@ -485,12 +485,12 @@ class MasterSide:
             trace = [prompt.at for prompt in self.prompts]
             self._tell(fleet=list(fleet.told(self.zero_ns, (window["started_at"], window["ended_at"]), trace)))
         missing = len(fleet.missing) if fleet is not None else 0
-        done = fleet.done if fleet is not None else []
-        unsent = [told["unsent"] for told in done] + ([self.sender.unsent()] if self.sender is not None else [])
-        turns = sum((Counter(told["turns_not_sent"]) for told in unsent), Counter[str]())
+        done = [(peer.done, peer.sent) for peer in fleet.peers.values() if peer.done] if fleet is not None else []
+        unsent: list[Done | Sender] = [*(told for told, _ in done), *([self.sender] if self.sender is not None else [])]
+        turns = sum((Counter(told.turns_not_sent) for told in unsent), Counter[str]())
         self._tell(
-            prefix_intended=None if missing else self._intended([told["sent"] for told in done]),
-            not_sent=sum(told["not_sent"] for told in unsent),
+            prefix_intended=None if missing else self._intended([sent for _, sent in done]),
+            not_sent=sum(told.not_sent for told in unsent),
             turns_not_sent=dict(turns) if self.experiment.workload.sessions != "none" else None,
             status="finished" if self.time_is_up else "interrupted",
             ended_at=self._now(),
@@ -510,13 +510,12 @@ class MasterSide:
         if fleet is not None and fleet.was_alone and self.options.headless:
             gevent.spawn(self.runner.quit)  # Locust ends the run when the last worker is gone, but not itself
 
-    def _intended(self, of_workers: list[bytes]) -> dict[str, Any] | None:
+    def _intended(self, of_workers: list[Sent]) -> dict[str, Any] | None:
         """What a perfect prefix cache could have answered; None where nothing of the workload was sent."""
         if self.sender is None or {"messages", "prompt", "inputs"} & self.experiment.target.extra_body.keys():
             return None
-        workers = (msgspec.msgpack.decode(told, type=Sent) for told in of_workers)
         salt = self.experiment.workload.salt
-        told = intended(self.prompts, [*workers, self.sender.sent], self.sent_warmup, salt)
+        told = intended(self.prompts, [*of_workers, self.sender.sent], self.sent_warmup, salt)
         return msgspec.structs.asdict(told) if told.characters else None
 
     def _report(self, path: Path) -> None:

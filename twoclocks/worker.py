@@ -135,13 +135,16 @@ class WorkerSide:
     def _ask_for_ever(self) -> None:
         """Ask the master for the time, quickly at first, then for as long as the run lasts, and say what we are at."""
         asked = 0
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "refusal": self.refusal}
         while not (self.is_done and self.outbox.is_empty):
-            ready, told = self.exchanged >= BURST and self.refusal is None, self.window is not None
-            now = {"ready": ready, "has_window": told, "state": self._state()}
-            self._send("ping", {"sent_ns": time.monotonic_ns(), **who, **now})
+            self._ask()
             asked += 1
             gevent.sleep(BURST_S if asked <= BURST else ASK_S)
+
+    def _ask(self) -> None:
+        ready, told = self.exchanged >= BURST and self.refusal is None, self.window is not None
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "refusal": self.refusal}
+        now = {"ready": ready, "has_window": told, "state": self._state()}
+        self._send("ping", {"sent_ns": time.monotonic_ns(), **who, **now})
 
     def on_pong(self, msg: Any, **_: Any) -> None:
         """The master's answer."""
@@ -254,8 +257,9 @@ class WorkerSide:
             sender.loop.kill()
         self.is_done = True
         gevent.killall(self.helpers[1:])  # who asks for the time goes on: the master is to hear of us while it waits
-        told = {"lines": self.outbox.lines, "unsent": sender.unsent(), "sent": msgspec.msgpack.encode(sender.sent)}
-        self.outbox.say(done=told | self._state() | {"repeated": self.outbox.repeated})
+        self._ask()  # so that the master's last word of our clock and state is the last one
+        sent = msgspec.msgpack.encode(sender.sent)
+        self.outbox.say(done=sender.unsent() | {"sent": sent, "repeated": self.outbox.repeated})
         self._flush()
         # All users have ended: after its stop message Locust would be deaf, and unknown to the master, for so long.
         self.runner.environment.stop_timeout = 0
