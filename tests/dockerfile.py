@@ -72,7 +72,8 @@ def _let_through(path: str, rules: list[tuple[re.Pattern[str], bool]]) -> bool:
 
 def needs_roots() -> None:
     """Skips the test where no root can be made."""
-    if sys.platform != "linux" or os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "setpriv", "chroot", "ip"))):
+    tools = ("unshare", "setpriv", "chroot", "ip")
+    if sys.platform != "linux" or os.geteuid() != 0 or not all(map(shutil.which, tools)):
         pytest.skip("needs the superuser of a Linux, for a root of its own")
     namespaces = [shutil.which("unshare"), "--mount", "--pid", "--fork", "--net", "true"]
     if subprocess.run(namespaces, capture_output=True, check=False).returncode:
