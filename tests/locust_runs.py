@@ -14,6 +14,7 @@ from pathlib import Path
 from twoclocks.record import read_records
 
 ROOT = Path(__file__).parent.parent
+MARK = "TWOCLOCKS_TEST_OUTPUT"  # in the environment of whatever a run starts
 LOCUST = str(Path(sys.executable).with_name("locust"))
 
 
@@ -23,8 +24,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(tmp_path, *words_, headless=True, file_limit=None):
-    """Locust as a child that does not outlive the test, whatever becomes of it."""
+def started(tmp_path, *words_, headless=True, limits=None, environ=None):
+    """Locust as a child that does not outlive the test, whatever becomes of it. limits: RLIMIT_... -> value."""
     port = str(free_port())  # Locust's own would meet another master of this machine
     alone = ["collect.otlp_port=none", "collect.otlp_grpc_port=none", "collect.gpu=none"]
     settings = [word for setting in (f"output={tmp_path}", *alone) for word in ("--set", setting)]
@@ -34,8 +35,8 @@ def started(tmp_path, *words_, headless=True, file_limit=None):
     def prepare():
         # a shell's background job, as tests may be, ignores Ctrl-C, and so would its children
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if file_limit:  # a file that may not grow is met as a full disk is
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+        for limit, value in (limits or {}).items():
+            resource.setrlimit(limit, (value, value))
 
     process = subprocess.Popen(
         command,
@@ -45,6 +46,7 @@ def started(tmp_path, *words_, headless=True, file_limit=None):
         text=True,
         start_new_session=True,
         preexec_fn=prepare,
+        env=os.environ | {MARK: str(tmp_path)} | (environ or {}),
     )
     try:
         yield process
@@ -54,8 +56,18 @@ def started(tmp_path, *words_, headless=True, file_limit=None):
         process.communicate()
 
 
-def run(tmp_path, *words_, timeout=120, headless=True):
-    with started(tmp_path, *words_, headless=headless) as process:
+def left_behind(tmp_path) -> list[str]:
+    """Command lines of the processes that a run there has started and that are still there, in whatever session."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if f"{MARK}={tmp_path}".encode() in environ.read_bytes().split(b"\0"):
+                found.append(environ.with_name("cmdline").read_text().replace("\0", " "))
+    return found
+
+
+def run(tmp_path, *words_, timeout=120, **options):
+    with started(tmp_path, *words_, **options) as process:
         output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import socket
@@ -29,7 +30,7 @@ from fake_server import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twoclocks import native
+from twoclocks import native, reader
 from twoclocks.client import Origin, _gaps_us, send
 from twoclocks.endpoint import make_endpoint
 from twoclocks.errors import ExperimentError
@@ -136,6 +137,20 @@ def test_kernel_stamps_survive_a_client_that_is_busy():
     assert record.timestamp_source == "kernel"
     assert record.ended_at - (record.sent_at + sum(record.chunk_us) / 1e6) >= 0.3
     assert record.reads_merged == 1
+
+
+def test_a_wall_clock_that_is_set_enters_no_arrival(monkeypatch, each_reader):
+    """Stamped before, read after: once its age says five seconds. The native reader has a test of its own."""
+    if each_reader == "native":
+        pytest.skip("reads the clock in C")
+    readings = itertools.count()
+    monkeypatch.setattr(reader, "_wall_ns", lambda: time.time_ns() + 5 * 10**9 * (next(readings) == 4))
+    record = answered(*plain_answer(8, gap_s=0.02))
+
+    assert record.status == "ok"
+    assert record.timestamp_source == "user"
+    assert all(gap >= 0 for gap in record.chunk_us)
+    assert record.first_byte_at <= record.sent_at + sum(record.chunk_us) / 1e6 <= record.ended_at + 1e-5
 
 
 def test_request_id_and_trace_are_sent():

@@ -27,7 +27,7 @@ from twoclocks.clocks import METRICS
 from twoclocks.doctor import findings, ports
 from twoclocks.experiment import Experiment, load_experiment
 from twoclocks.load import load_run
-from twoclocks.record import GAVE_UP, HUNG_UP, STOPPED, TOO_LONG, Record
+from twoclocks.record import GAVE_UP, HUNG_UP, NO_FILES, STOPPED, TOO_LONG, Record
 from twoclocks.summary import summarise
 
 ROOT = Path(__file__).parent.parent
@@ -146,7 +146,7 @@ def verdict_names():
 
 def error_kinds():
     """Every constant that the code gives to a failure as its kind; and what the readers say."""
-    names = {"STOPPED": STOPPED, "HUNG_UP": HUNG_UP, "GAVE_UP": GAVE_UP, "TOO_LONG": TOO_LONG}
+    names = {"STOPPED": STOPPED, "HUNG_UP": HUNG_UP, "GAVE_UP": GAVE_UP, "TOO_LONG": TOO_LONG, "NO_FILES": NO_FILES}
     found = set()
     for path in ("client.py", "user.py", "in_process.py"):
         for node in ast.walk(ast.parse((ROOT / "twoclocks" / path).read_text())):

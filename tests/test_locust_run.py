@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import signal
 from collections import Counter
@@ -74,7 +73,8 @@ def test_stopping_lets_running_streams_finish(tmp_path, processes, stop):
     assert sorted(record.request_id for record in records) == sorted(seen), output
     assert {record.status for record in records} == {"ok"}
     assert (meta["status"], meta["lost_records"]) == ("interrupted", 0)
-    assert "Traceback" not in output
+    assert process.returncode == 0
+    assert not re.search("Traceback|KeyboardInterrupt", output)
 
 
 def test_what_the_drain_cuts_off_is_cancelled_with_its_chunks(tmp_path):
@@ -91,41 +91,6 @@ def test_what_the_drain_cuts_off_is_cancelled_with_its_chunks(tmp_path):
     assert len(cut) == 2, output
     assert {(record.status, record.error_kind, record.output_tokens) for record in cut} == {("cancelled", "stopped", 3)}
     assert code == 1  # Locust's own: there were failures
-
-
-def test_a_target_that_fails_does_not_end_the_run(tmp_path):
-    def script(body):
-        return response(500, b'{"error": "x"}') if len(server.requests) % 2 else plain_answer()
-
-    with FakeServer(script) as server:
-        code, output = run(tmp_path, "-H", server.url, "-u", "2", "-r", "2", "-t", "2", "--no-report")
-    records, meta = read(tmp_path)
-
-    assert Counter(record.error_kind for record in records).keys() == {None, "http_500"}
-    assert (meta["status"], code) == ("finished", 1), output
-
-
-def test_a_killed_run_keeps_what_had_ended(tmp_path):
-    with FakeServer(lambda body: plain_answer(5, gap_s=0.01)) as server:
-        with started(tmp_path, "-H", server.url, "-u", "2", "-r", "2", "-t", "60", "--no-report") as process:
-            wait_for(lambda: len(server.requests) > 12)
-            process.kill()
-        seen = {headers["x-request-id"] for headers, _ in server.requests}
-    records, meta = read(tmp_path)
-
-    assert {record.request_id for record in records} <= seen
-    assert len(records) >= len(seen) - 3
-    assert (meta["status"], meta["ended_at"]) == ("running", None)
-
-
-def test_the_collector_dies_with_its_parent(tmp_path):
-    with FakeServer(lambda body: plain_answer(5, gap_s=0.01)) as server:
-        with started(tmp_path, "-H", server.url, "-t", "60", "--no-report") as process:
-            wait_for(lambda: len(server.requests) > 5)
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            assert children
-            process.kill()
-        wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
 
 
 def test_the_servers_pages_are_sampled_before_during_and_after(tmp_path):
@@ -286,22 +251,6 @@ def test_a_stop_during_the_warm_up_ends_the_run(tmp_path, processes):
     assert "measuring for" not in output
 
 
-def test_a_worker_that_dies_makes_the_run_invalid(tmp_path):
-    with FakeServer(lambda body: plain_answer(5, gap_s=0.01)) as server:
-        words_ = ("-H", server.url, "-u", "2", "-r", "2", "-t", "8", "--processes", "2")
-        with started(tmp_path, *words_, "--set", "load.drain_s=1") as process:
-            wait_for(lambda: len(server.requests) > 12)
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            worker = next(pid for pid in children if b"--processes" in Path(f"/proc/{pid}/cmdline").read_bytes())
-            os.kill(int(worker), signal.SIGKILL)
-            output, _ = process.communicate(timeout=120)
-    _, meta = read(tmp_path)
-
-    assert (meta["missing_workers"], meta["in_flight"]) == (1, None), output
-    assert process.returncode == 4
-    assert "1 of 2 workers ended before the run did" in output
-
-
 def test_secrets_of_any_place_stay_out_of_files_and_output(tmp_path):
     with FakeServer(lambda body: plain_answer()) as server:
         target = f"target={{url: '{server.url}', headers: {{Authorization: Bearer secret-1}}}}"
@@ -325,15 +274,3 @@ def test_the_key_goes_to_the_target_alone(tmp_path, monkeypatch):
 
     assert set(seen["target"]) == {"Bearer sk-secret-1"}
     assert set(seen["other"]) == {None}
-
-
-def test_a_disk_that_is_full_ends_the_run_as_invalid(tmp_path):
-    with FakeServer(lambda body: plain_answer(5, gap_s=0.01)) as server:
-        with started(tmp_path, "-H", server.url, "-u", "4", "-t", "60", "--no-report", file_limit=20_000) as process:
-            output, _ = process.communicate(timeout=100)
-    records, _ = read(tmp_path)
-
-    assert process.returncode == 4, output
-    assert re.search(r"requests\.jsonl: cannot be written: .*; stopping", output)
-    assert "Traceback" not in output
-    assert len(records) > 4

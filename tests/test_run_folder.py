@@ -1,10 +1,12 @@
+import errno
 import json
+import resource
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
-from twoclocks.errors import RunFolderError
+from twoclocks.errors import RunFolderError, TwoclocksError
 from twoclocks.experiment import Experiment
 from twoclocks.record import Record, encode_record, read_records
 from twoclocks.run_folder import RunFolder, first_meta, make_folder
@@ -28,6 +30,36 @@ def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
     folder.close()
 
     assert list(read_records(folder.path / "requests.jsonl")) == [RECORD]
+
+
+def test_a_full_disk_leaves_whole_lines_and_the_others_are_counted(tmp_path):
+    line = encode_record(RECORD)
+    folder = RunFolder.create(Experiment(output=str(tmp_path)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * len(line) + 40, hard))
+    try:
+        for lines in (4 * line, line):
+            with pytest.raises(TwoclocksError, match=r"requests\.jsonl: cannot be written: File too large"):
+                folder.append(lines)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    folder.append(line)  # there is room again
+    folder.close()
+
+    assert (folder.path / "requests.jsonl").read_bytes() == 3 * line
+    assert folder.unwritten == {"requests.jsonl": 3}
+    assert [path.name for path in sorted(folder.path.iterdir())] == [
+        "experiment.yaml", "requests.jsonl", "self_samples.jsonl",
+    ]  # fmt: skip
+
+
+def test_a_disk_without_room_for_a_last_word_is_told_before_the_load(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(RunFolderError, match="cannot be written: No space left on device"):
+        RunFolder.create(Experiment(output=str(tmp_path)))
 
 
 def test_what_is_known_so_far_stands_in_run_json(tmp_path, monkeypatch):

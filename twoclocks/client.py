@@ -6,12 +6,15 @@ are any; while a stream runs, its bytes are only kept, and they are read for mea
 """
 
 import contextlib
+import errno
 import math
 import re
+import resource
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from email.utils import parsedate_to_datetime
 from operator import sub
 from typing import Any, NamedTuple
 
@@ -28,6 +31,7 @@ from twoclocks.record import (
     GAVE_UP,
     HUNG_UP,
     LEFT,
+    NO_FILES,
     STOPPED,
     TOKEN_KINDS,
     TOO_LONG,
@@ -38,6 +42,8 @@ from twoclocks.record import (
 )
 from twoclocks.workload import Plan
 
+SPARE_FILES = 16
+"""File handles that no connection takes: run.json is written anew, names are resolved, the report is started."""
 MAX_BODY_BYTES = 64 * 1024 * 1024
 NO_BODY = Body(b"", [], [])
 TGI_HEADERS = {f"x-{name}-time" for name in ("total", "validation", "queue", "inference")} | {"x-time-per-token"}
@@ -111,7 +117,12 @@ class Connection:
         except socket.gaierror as error:
             raise Failure("error", "dns", f"{host}: {error.strerror}") from None
         except OSError as error:
-            raise Failure("error", "connect", str(error)) from None
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise _no_file_handle() from None
+            raise Failure("error", "connect", error.strerror or str(error)) from None
+        if sock.fileno() >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES:
+            sock.close()
+            raise _no_file_handle()
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.endpoint.tls is not None:
             try:
@@ -126,7 +137,7 @@ class Connection:
                 raise Failure("error", "proxy", str(error)) from None
             except OSError as error:
                 sock.close()
-                raise Failure("error", "tls", str(error)) from None
+                raise Failure("error", "tls", error.strerror or str(error)) from None
         self.sock = sock
 
     def is_usable(self) -> bool:
@@ -179,6 +190,12 @@ def _stamped(sock: socket.socket, *, stamped: bool) -> socket.socket:
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
     return sock
+
+
+def _no_file_handle() -> Failure:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    told = f"no file handle left for a connection: this process may have {limit:,} (ulimit -n), and keeps {SPARE_FILES}"
+    return Failure("error", NO_FILES, f"{told} for the run folder; raise the limit, or use more processes")
 
 
 def _cancelled() -> Failure:
@@ -283,7 +300,24 @@ class Exchange:
         return Failure("timeout", "idle_timeout", f"silence of more than timeouts.idle_s = {timeouts.idle_s:g} s")
 
 
-def send(connection: Connection, plan: Plan, origin: Origin, phase: Phase, intended_ns: int | None = None) -> Record:
+class Attempt(msgspec.Struct, frozen=True):
+    """Which attempt at an ask this is."""
+
+    number: int = 1
+    first_id: str | None = None  # request_id of the first one; None on that one itself
+
+
+FIRST = Attempt()
+
+
+def send(
+    connection: Connection,
+    plan: Plan,
+    origin: Origin,
+    phase: Phase,
+    intended_ns: int | None = None,
+    attempt: Attempt = FIRST,
+) -> Record:
     """Send one request and return its record, whatever happens. Of kind STOPPED it means: the caller has to stop.
 
     Nobody hangs up on a warm-up.
@@ -293,11 +327,17 @@ def send(connection: Connection, plan: Plan, origin: Origin, phase: Phase, inten
     intended_ns = time.monotonic_ns() if intended_ns is None else intended_ns
     exchange = Exchange()
     exchange.run(connection, plan)
-    return _record(exchange, connection, plan, origin, phase, intended_ns)
+    return _record(exchange, connection, plan, origin, phase, intended_ns, attempt)
 
 
 def _record(
-    exchange: Exchange, connection: Connection, plan: Plan, origin: Origin, phase: Phase, intended_ns: int
+    exchange: Exchange,
+    connection: Connection,
+    plan: Plan,
+    origin: Origin,
+    phase: Phase,
+    intended_ns: int,
+    attempt: Attempt,
 ) -> Record:
     streams, secrets = connection.endpoint.stream, connection.endpoint.secrets
     if streams:
@@ -331,6 +371,9 @@ def _record(
         written_at=at(exchange.written_ns),
         first_byte_at=at(exchange.first_byte_ns),
         ended_at=round((exchange.ended_ns - origin.zero_ns) / 1e9, 6),
+        attempt=attempt.number,
+        first_attempt_id=attempt.first_id,
+        retry_after_s=None if exchange.response.status == 200 else retry_after_s(exchange.response.headers),
         chunk_us=_gaps_us(exchange.sent_ns or 0, stream.arrived_ns),
         chunk_tokens=tokens,
         chunk_kinds=run_lengths(stream.kinds),
@@ -365,6 +408,21 @@ def _timings_in_headers(response: ResponseReader) -> dict[str, Any] | None:
     return told or None
 
 
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds of a Retry-After, RFC 9110 section 10.2.3; a date there is held against the server's own Date.
+
+    None without one, and for what is none.
+    """
+    told = headers.get("retry-after", "")
+    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", told):
+        return float(told)
+    try:
+        later, now = (parsedate_to_datetime(headers[name]) for name in ("retry-after", "date"))
+        return max(0.0, (later - now).total_seconds())
+    except (KeyError, ValueError, TypeError):  # the last: one with a zone, the other without
+        return None
+
+
 def _is_stream(response: ResponseReader) -> bool:
     return response.status == 200 and "json" not in response.headers.get("content-type", "")
 
@@ -392,12 +450,12 @@ def _failure(exchange: Exchange, stream: Stream, *, streams: bool) -> Failure | 
     if failure is not None:
         return failure
     if streams and not _is_stream(response):
-        return Failure("error", "not_a_stream", f"answered without streaming: {_error_text(body)}")
+        return Failure("error", "not_a_stream", f"answered without streaming: {_error_text(body) or 'nothing'}")
     if stream.malformed is not None:
         return Failure("error", "malformed", stream.malformed)
     if not stream.ended and not stream.kinds:
         kind, what = ("not_a_stream", "any event") if streams else ("not_an_answer", "any choice")
-        return Failure("error", kind, f"status 200 without {what}: {_error_text(body)[:200]}")
+        return Failure("error", kind, f"status 200 without {what}: {_error_text(body)[:200] or 'nothing'}")
     if not stream.ended:
         return Failure("truncated", "no_end", "the stream ended without a finish reason or [DONE]")
     return None
@@ -408,5 +466,5 @@ def _refuses_length(told: str) -> bool:
 
 
 def _error_text(body: bytes) -> str:
-    # more than is kept, so that a key that is to be taken out of it is whole
-    return parse_event(body)[1] or body[:LOOKED_AT_CHARS].decode("utf-8", "replace").strip()
+    """What an answer says of an error, on one line; more than is kept, so that a key to be taken out of it is whole."""
+    return " ".join((parse_event(body)[1] or body[:LOOKED_AT_CHARS].decode("utf-8", "replace")).split())

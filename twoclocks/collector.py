@@ -44,18 +44,25 @@ IDLE_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 
 
 class Lines:
-    """A file of JSON lines to which several threads append, each line whole."""
+    """A file of JSON lines to which several threads append, each line whole.
+
+    Once the disk does not take one, no more are written: the next would stand behind a torn line. `failure` tells it.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+        self._file = file  # without a buffer, which would try again by itself
         self._lock = threading.Lock()
+        self.failure: str | None = None
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line. Raises OSError."""
-        text = msgspec.json.encode(line) + b"\n"
+        """Append one line."""
+        left = msgspec.json.encode(line) + b"\n"
         with self._lock:
-            self._file.write(text)
-            self._file.flush()
+            try:
+                while left and self.failure is None:
+                    left = left[self._file.write(left) :]
+            except OSError as error:
+                self.failure = f"{Path(self._file.name).name} cannot be written: {error.strerror}; it ends early"
 
 
 class Scraper:
@@ -151,7 +158,7 @@ class Collecting:
         client = httpx.Client(
             verify=tls_context(job.tls_verify, job.tls_cert), timeout=min(PAGE_S, max(2.0, job.interval_s))
         )
-        samples = Lines((folder / "server_samples.jsonl").open("ab"))
+        self.files = [samples := Lines((folder / "server_samples.jsonl").open("ab", buffering=0))]
         pages: list[tuple[str | None, str]] = [(None, url) for url in job.metrics_urls]
         self.scrapers = [Scraper(url, job, client, samples, stage) for stage, url in [*pages, *job.stage_urls]]
         self.pages = [Background(scraper.scrape) for scraper in self.scrapers]
@@ -160,7 +167,7 @@ class Collecting:
         self.gpu = None
         if sampler:
             sample = lambda: redact(sampler.sample(self.now()), job.secrets)  # noqa: E731  a label may hold anything
-            self.gpu = Background(_appending(sample, folder / "gpu_samples.jsonl"))
+            self.gpu = Background(self._appending(sample, folder / "gpu_samples.jsonl"))
         self.process, no_process = self._open_process(folder / "process_samples.jsonl")
         self.spans = SpanStore(folder, job.services, self.now, job.secrets)
         self.receiver = Receiver(self.spans, job.otlp_host, job.otlp_port, job.otlp_grpc_port)
@@ -190,7 +197,17 @@ class Collecting:
                 f"collect.process: {self.job.process} is no process of this machine; its memory will be missing",
             )
         memory = ProcessMemory(self.job.process)
-        return Background(_appending(lambda: [memory.sample(self.now())], path)), None
+        return Background(self._appending(lambda: [memory.sample(self.now())], path)), None
+
+    def _appending(self, sample: Callable[[], list[dict[str, Any]]], path: Path) -> Callable[[], None]:
+        """What takes a sample and writes its rows."""
+        self.files.append(out := Lines(path.open("ab", buffering=0)))
+
+        def append() -> None:
+            for row in sample():
+                out.write(row)
+
+        return append
 
     def ask_pages(self) -> None:
         """One more scrape of every page that is not still under way. Waits for nothing."""
@@ -239,23 +256,13 @@ class Collecting:
     def close(self) -> Answer:
         """The last of the log, the spans that were held back; what is missing."""
         notes = self.receiver.close()
+        notes += [file.failure for file in self.files if file.failure is not None]
         if self.tail:
             self.tail.copy()
             self.tail.close()
             if self.tail.failure and self.tail.failure != self.log_failure:
                 notes.append(self.tail.failure)
         return Answer(notes=redact(notes, self.job.secrets), foreign_spans=self.spans.foreign)
-
-
-def _appending(sample: Callable[[], list[dict[str, Any]]], path: Path) -> Callable[[], None]:
-    """What takes a sample and writes its rows."""
-    out = Lines(path.open("ab"))
-
-    def append() -> None:
-        for row in sample():
-            out.write(row)
-
-    return append
 
 
 def main() -> None:

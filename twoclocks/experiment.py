@@ -169,6 +169,22 @@ class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     total_s: Positive = 600  # from the send to the end
 
 
+RetryAfter = Literal["connect", "closed"] | Annotated[int, Meta(ge=400, le=599, title="an HTTP status")]
+AFTER: list[RetryAfter] = ["connect", 429, 503]
+
+
+class Retries(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """More attempts at a request that failed before its answer began. Off unless asked for: who measures a server wants
+    to see its refusals.
+    """
+
+    max: Annotated[int, Meta(ge=0, le=20)] = 0  # attempts after the first; 0: none
+    after: list[RetryAfter] = msgspec.field(default_factory=AFTER.copy)  # no connection, closed unanswered, HTTP status
+    respect_retry_after: bool = True  # wait as long as the server asks; if longer than longest_pause_s, give up
+    pause_s: Positive = 0.5  # where it does not ask: before the second attempt, doubled before each next one
+    longest_pause_s: Positive = 30  # before any attempt
+
+
 class Collect(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     metrics_url: str | list[str] = "auto"  # auto: URL/metrics; none; or a list of URLs, one a replica
     metrics_interval_s: Positive = 1  # from one scrape to the next
@@ -238,6 +254,7 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     load: Load = Load()  # how much, and when
     warmup: Warmup = Warmup()  # before the clock starts; kept, and in no figure
     timeouts: Timeouts = Timeouts()  # when a request is given up
+    retries: Retries = Retries()  # what is asked for again; nothing unless told
     collect: Collect = Collect()  # what is read of the server meanwhile
     export: Export = Export()  # the run's own figures, for others to read
     slo: Slo = Slo()  # what a good request is
@@ -430,8 +447,15 @@ def _choices(key: str) -> list[str]:
     kind: Any = Experiment
     for name in re.sub(r"\[.*?\]", "", key).split("."):
         kind = {field.encode_name: field.type for field in msgspec.structs.fields(_structs_in(kind)[0])}[name]
-    words = [word for part in get_args(kind) for word in (get_args(part) or [part]) if isinstance(word, str)]
+    words = _words_in(kind)
     return words if len(words) > 1 else ["a number above 0", *words]
+
+
+def _words_in(kind: Any) -> list[str]:
+    """The words of a type made of literals, and the titles of what else may stand there."""
+    if isinstance(kind, Meta):
+        return [kind.title] if kind.title else []
+    return [kind] if isinstance(kind, str) else [word for part in get_args(kind) for word in _words_in(part)]
 
 
 def _refuse_unknown(raw: Any, struct: type[msgspec.Struct], prefix: str, where: str) -> None:
@@ -470,6 +494,7 @@ def _check(experiment: Experiment, where: str) -> None:
     _check_load(experiment.load, where)
     _check_levels(experiment, where)
     _check_warmup(experiment.warmup, where)
+    _check_retries(experiment.retries, where)
     _check_log(collect.log, where)
     files = (("tls_cert", target.tls_cert), ("tokenizer", target.tokenizer), ("api_key_file", target.api_key_file))
     for key, path in files:
@@ -536,6 +561,8 @@ def _check_in_process(experiment: Experiment, start: Start | None, where: str) -
         raise ExperimentError(f"{at}: sends batches; set load.shape: batch, found {load.shape}")
     if workload.sessions != "none" or workload.cancel_share or workload.patience_s != "none":
         raise ExperimentError(f"{at}: nobody waits between turns or hangs up; leave sessions, cancel and patience out")
+    if experiment.retries.max:
+        raise ExperimentError(f"{at}: an engine refuses nothing; leave retries.max out")
     if experiment.export.prometheus_port != "none":
         raise ExperimentError(f"{at}: is not shown to Prometheus; leave export.prometheus_port out")
 
@@ -648,6 +675,16 @@ def _check_warmup(warmup: Warmup, where: str) -> None:
     if warmup.until_stable and warmup.max_requests < needed:
         raise ExperimentError(
             f"{where}: warmup.max_requests: two rounds to compare are {needed} requests, found {warmup.max_requests}"
+        )
+
+
+def _check_retries(retries: Retries, where: str) -> None:
+    if retries.max and not retries.after:
+        raise ExperimentError(f"{where}: retries.after: says after what, such as [connect, 429, 503]; found nothing")
+    if retries.pause_s > retries.longest_pause_s:
+        raise ExperimentError(
+            f"{where}: retries.pause_s: {retries.pause_s:g} s is longer than longest_pause_s = "
+            f"{retries.longest_pause_s:g}"
         )
 
 

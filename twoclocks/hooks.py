@@ -5,20 +5,23 @@ Nothing is made before Locust's init event, since `--processes` forks before it.
 
 import contextlib
 import logging
+import math
 import resource
 import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import gevent
 from locust import events
 from locust.argument_parser import ui_extra_args_dict
 from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 
+from twoclocks.client import SPARE_FILES
 from twoclocks.endpoint import make_endpoint, request_headers, secrets_of, token_counter
 from twoclocks.errors import ExperimentError, TwoclocksError, plain
-from twoclocks.experiment import Experiment, load_experiment, replace
+from twoclocks.experiment import Experiment, Load, load_experiment, replace
 from twoclocks.export import open_port
 from twoclocks.hosts import Agreed, agree, agreed_hosts, is_wide, origin_of, shown, somebody_is_there
 from twoclocks.levels import one_run_only
@@ -26,13 +29,15 @@ from twoclocks.locust_options import apply_options, take_ours
 from twoclocks.masks import tells_a_secret
 from twoclocks.master import MasterSide
 from twoclocks.run_folder import refuse_existing
-from twoclocks.shapes import first_users, in_window, length_s
+from twoclocks.shapes import first_users, in_window, length_s, most_streams
 from twoclocks.web_guard import check, guard, web_password
 from twoclocks.web_tab import add_tab
 from twoclocks.worker import WorkerSide
 from twoclocks.workload import load_workload
 
 log = logging.getLogger("twoclocks")
+OWN_FILES = 12
+"""What a process has open beside its streams: run folder, pipes, the event loop, the collectors."""
 DEFAULT_EXPERIMENT = Path(__file__).parent.parent / "configs" / "default.yaml"
 
 
@@ -111,6 +116,7 @@ def add_options(parser: Any) -> None:
 def on_init(environment: Environment, runner: Any, **_: Any) -> None:
     """Read the experiment, fill Locust's own options from it, and listen."""
     _raise_file_limit()
+    gevent.get_hub().NOT_ERROR += (KeyboardInterrupt,)  # which gevent else prints before it tells Locust
     if isinstance(runner, WorkerRunner):
         WorkerSide(environment, runner)
         return
@@ -129,6 +135,7 @@ def on_init(environment: Environment, runner: Any, **_: Any) -> None:
         if (listener := open_port(settings.export)) is not None:  # a port that is taken is told at once
             listener.close()
         make_endpoint(settings.target, settings.timeouts)
+        _check_file_limit(settings.load, options.expect_workers if isinstance(runner, MasterRunner) else 1)
         token_counter(settings.target.tokenizer)
         agreed, interactive = agreed_hosts(), somebody_is_there()
         agree(settings.target.url, agreed, yes=options.yes, interactive=interactive, say=log.warning)
@@ -189,6 +196,18 @@ def _warnings(settings: Experiment, options: Any, is_master: bool) -> list[str]:
             "told the experiment without its secrets, and can send records; keep it inside a network of your own"
         )
     return told
+
+
+def _check_file_limit(load: Load, processes: int) -> None:
+    """Raises ExperimentError where it is sure that some streams could not be opened."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    streams = math.ceil((most_streams(load) or 0) / max(processes, 1))
+    if streams > limit - SPARE_FILES - OWN_FILES:
+        key = "batch" if load.shape == "batch" else "steps" if load.shape == "steps" else "users"
+        raise ExperimentError(
+            f"load.{key}: {streams:,} streams in one process are as many open files, and this one may have {limit:,}; "
+            "raise the limit (ulimit -n), use more processes (--processes 2), or ask for less"
+        )
 
 
 def _raise_file_limit() -> None:

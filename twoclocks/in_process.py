@@ -384,7 +384,10 @@ def run(experiment: Experiment, overrides: Sequence[str], path: Path | None = No
         raise
     finally:
         ended_at = (time.monotonic_ns() - zero_ns) / 1e9
-        folder.write_meta(status=status, ended_at=ended_at, in_flight=0, not_sent=0)
+        folder.write_meta(
+            status=status, ended_at=ended_at, in_flight=0, not_sent=0,
+            unwritten_records=folder.unwritten["requests.jsonl"],
+        )  # fmt: skip
         folder.close()
     return folder.path, status
 

@@ -85,7 +85,7 @@ class MasterSide:
         self.sender: Sender | None = None
         self.zero_ns = 0
         self.model = self.salt = ""
-        self.kept = 0  # lines of requests.jsonl
+        self.kept = 0  # lines for requests.jsonl, whether or not the disk took them
         self.fleet: Fleet | None = None  # the workers of the run, where there are any
         self.prompts: list[Prompt] = []
         self.sent_warmup = Sent()  # prompts
@@ -310,8 +310,7 @@ class MasterSide:
             self.folder.append(lines, name)
         except TwoclocksError as error:
             self._break(error)
-        else:
-            self.kept += lines.count(b"\n") if name == "requests.jsonl" else 0
+        self.kept += lines.count(b"\n") if name == "requests.jsonl" else 0
         if self.live is not None:
             self.live.figures.add(lines, name)
 
@@ -497,6 +496,8 @@ class MasterSide:
             in_flight=None if missing else 0,
             missing_workers=missing,
             lost_records=sum(peer.lost for peer in fleet.peers.values()) if fleet is not None else 0,
+            unwritten_records=folder.unwritten["requests.jsonl"],
+            wall_clock_set_s=round(time.time() - folder.meta["started_at_unix"] - self._now(), 3),
         )
         if self.exporter is not None and (missing_figures := self.exporter.finish()):
             self.note(missing_figures)
@@ -505,7 +506,8 @@ class MasterSide:
         self.ended.append(folder.path)
         if self.broken is not None:
             self.environment.process_exit_code = 4
-        if not self.options.no_report:
+            log.error("what was written is kept; once there is room: twoclocks report %s", folder.path)
+        elif not self.options.no_report:
             self._report(folder.path)
         if fleet is not None and fleet.was_alone and self.options.headless:
             gevent.spawn(self.runner.quit)  # Locust ends the run when the last worker is gone, but not itself
@@ -527,6 +529,9 @@ class MasterSide:
 
     def quitting(self) -> None:
         """On Ctrl-C and SIGTERM Locust fixes the exit code before it stops the users, so they are stopped here."""
+        if self.folder is not None and self.folder.meta["window"]["ended_at"] is None:
+            log.info("stopping; running streams may go on for load.drain_s = %g s, Ctrl-C again cuts them off",
+                     self.experiment.load.drain_s)  # fmt: skip
         # to workers we speak ourselves: after Locust's own stop message they are deaf for as long as the drain may last
         stop = partial(self.runner.stop, False) if isinstance(self.runner, MasterRunner) else self.runner.stop
         try:

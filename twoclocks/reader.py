@@ -35,6 +35,7 @@ SWEEP_S = 0.1  # how late a timeout may be told
 STAMPS_S = 0.01  # how long the kernel takes to begin with its stamps: a work queue's next turn
 READABLE = 1  # libev's EV_READ
 MAX_STAMP_AGE_NS = 60 * 10**9
+SLEW_NS = 10**6  # and a thousandth of the time passed: what moves the wall clock by more has set it
 _sleep = gevent.monkey.get_original("time", "sleep")
 _TIMESPEC = struct.Struct("@ll")
 _timespec, _wall_ns, _now_ns = _TIMESPEC.unpack_from, time.time_ns, time.monotonic_ns
@@ -150,8 +151,27 @@ class _Stream:
     """One response while it comes."""
 
     __slots__ = (
-        "_idle", "_is_token", "_last", "_over", "_pieces", "_recvmsg", "_size", "_sock", "_times", "_token_due",
-        "_total_due", "detail", "ended", "first_byte", "is_stamped", "response", "user_stamps", "waiter", "why",
+        "_compared",
+        "_idle",
+        "_is_token",
+        "_last",
+        "_over",
+        "_pieces",
+        "_recvmsg",
+        "_size",
+        "_sock",
+        "_times",
+        "_token_due",
+        "_total_due",
+        "_wall_ahead",
+        "detail",
+        "ended",
+        "first_byte",
+        "is_stamped",
+        "response",
+        "user_stamps",
+        "waiter",
+        "why",
     )  # fmt: skip
 
     def __init__(self, sock: Any, total: int, first_token: int, idle: int, over: Callable[["_Stream"], None]) -> None:
@@ -163,6 +183,8 @@ class _Stream:
         self._token_due: int | None = first_token
         self._is_token = _first_token_watch()
         self._last = self._size = 0
+        self._compared = _now_ns()
+        self._wall_ahead = _wall_ns() - self._compared
         self._pieces: list[bytes] = []
         self._times: list[int] = []
         self.response = ResponseReader()
@@ -183,10 +205,14 @@ class _Stream:
                 at = None
                 if control and control[0][1] == SO_TIMESTAMPNS and control[0][0] == socket.SOL_SOCKET:
                     seconds, nanoseconds = _timespec(control[0][2])
-                    # the stamp is on the wall clock; only its age enters, so that a step of that clock cannot
-                    age = _wall_ns() - seconds * 1_000_000_000 - nanoseconds
-                    if 0 <= age < MAX_STAMP_AGE_NS:
-                        at = _now_ns() - age
+                    # the stamp is on the wall clock, of which only its age enters; none is believed while that clock
+                    # was just set: what waited may have been stamped before or after it
+                    wall, now = _wall_ns(), _now_ns()
+                    age, ahead = wall - seconds * 1_000_000_000 - nanoseconds, wall - now
+                    is_set = abs(ahead - self._wall_ahead) > SLEW_NS + (now - self._compared) // 1000
+                    self._wall_ahead, self._compared = ahead, now
+                    if 0 <= age < MAX_STAMP_AGE_NS and not is_set:
+                        at = now - age
                 self._take(data, at)
         except (BlockingIOError, InterruptedError, ssl.SSLWantReadError):
             return

@@ -28,6 +28,8 @@ STOPPED, HUNG_UP, GAVE_UP = "stopped", "hung_up", "gave_up"
 workload.cancel_share, or for want of a first token within workload.patience_s."""
 TOO_LONG = "context_length"
 """error_kind of a request that the server refused since prompt and answer do not fit the model's context."""
+NO_FILES = "no_file_handle"
+"""error_kind of a request for which the tester itself had no file handle left; the server never saw it."""
 LEFT = (HUNG_UP, GAVE_UP)
 """Left by their user: no failures of the server, and counted apart everywhere."""
 
@@ -50,6 +52,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     written_at: float | None = None  # the last byte was handed to the kernel
     first_byte_at: float | None = None  # of the answer, its head included
     ended_at: float  # the answer was whole, or given up
+    attempt: int = 1  # at what its user asks for: 2 is the first retry
+    first_attempt_id: str | None = None  # request_id of the first attempt; None on that one itself
+    retry_after_s: float | None = None  # how long a server that refused asked to be left alone
     chunk_us: list[int] = []  # first chunk's offset from sent_at, then the gap to each next one; microseconds
     chunk_tokens: list[int | None] | None = None  # None: every token chunk carries one, every other chunk none
     chunk_kinds: list[tuple[Kind, int]] = []  # run lengths

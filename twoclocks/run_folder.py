@@ -1,15 +1,18 @@
 """The run folder: what a run leaves on disk, and the only thing that the analysis reads.
 
 Lines are appended as they come, so that a run that is killed at any instant leaves all that had arrived; run.json is
-replaced as a whole. Raw files are never rewritten.
+replaced as a whole. Raw files are never rewritten. Of a disk that is full a little was kept back, for a last run.json.
 """
 
+import contextlib
 import os
 import platform
 import re
 import socket
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +25,9 @@ from twoclocks.errors import RunFolderError, TwoclocksError
 from twoclocks.experiment import Experiment, to_yaml
 from twoclocks.masks import masked_word
 
+RESERVE_BYTES = 256 * 1024
+"""Of the disk, given back when it is full: what run.json says then matters most."""
+
 
 class RunFolder:
     """An open run folder. Not safe for several writers of one file: each file has one."""
@@ -30,7 +36,14 @@ class RunFolder:
         self.path = path
         names = ("requests.jsonl", "self_samples.jsonl")
         self._files = {name: os.open(path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) for name in names}
+        self._reserve = tempfile.TemporaryFile(dir=path)  # noqa: SIM115 - without a name, so that no kill leaves it
+        try:
+            os.posix_fallocate(self._reserve.fileno(), 0, RESERVE_BYTES)
+        except OSError:
+            self.close()
+            raise
         self.meta: dict[str, Any] = {}
+        self.unwritten = Counter[str]()  # lines that the disk did not take, of each file
 
     @classmethod
     def create(cls, experiment: Experiment, path: Path | None = None) -> "RunFolder":
@@ -42,26 +55,43 @@ class RunFolder:
             raise RunFolderError(f"{path}: cannot be written: {error.strerror}") from None
 
     def append(self, lines: bytes, name: str = "requests.jsonl") -> None:
-        """Append finished lines to a file. Raises TwoclocksError when the disk does not take them."""
+        """Append finished lines to a file, each whole or not at all.
+
+        Raises TwoclocksError when the disk does not take them all; `unwritten` counts those that it did not.
+        """
+        file, left = self._files[name], lines
         try:
-            while lines:
-                lines = lines[os.write(self._files[name], lines) :]
+            while left:
+                left = left[os.write(file, left) :]
         except OSError as error:
+            written = lines[: len(lines) - len(left)]
+            whole = written.rfind(b"\n") + 1
+            with contextlib.suppress(OSError):  # a torn line would spoil the next one that finds room
+                os.ftruncate(file, os.fstat(file).st_size - len(written) + whole)
+            self.unwritten[name] += lines.count(b"\n", whole)
             raise TwoclocksError(f"{self.path / name}: cannot be written: {error.strerror}") from None
 
     def write_meta(self, **changes: Any) -> None:
         """Replace run.json by what is known so far. Raises TwoclocksError when the disk does not take it."""
         self.meta |= changes
-        text = msgspec.json.format(msgspec.json.encode(self.meta), indent=2)
-        new = self.path / "run.json.new"
+        text = msgspec.json.format(msgspec.json.encode(self.meta), indent=2) + b"\n"
         try:
-            new.write_bytes(text + b"\n")
-            new.replace(self.path / "run.json")
+            try:
+                self._replace_meta(text)
+            except OSError:
+                self._reserve.close()
+                self._replace_meta(text)
         except OSError as error:
             raise TwoclocksError(f"{self.path / 'run.json'}: cannot be written: {error.strerror}") from None
 
+    def _replace_meta(self, text: bytes) -> None:
+        new = self.path / "run.json.new"
+        new.write_bytes(text)
+        new.replace(self.path / "run.json")
+
     def close(self) -> None:
         """No more lines will come."""
+        self._reserve.close()
         for file in self._files.values():
             os.close(file)
 
@@ -169,5 +199,6 @@ def first_meta(zero_ns: int) -> dict[str, Any]:
         "ended_at": None,
         "in_flight": None,
         "lost_records": 0,
+        "unwritten_records": 0,
         "notes": [],
     }

@@ -39,6 +39,13 @@ def first_users(load: Load, processes: int) -> int:
     return load.steps[0][0] if load.shape == "steps" else load.users
 
 
+def most_streams(load: Load) -> int | None:
+    """How many requests are under way at once at most, as the load says it; None where the server decides that."""
+    if load.shape == "batch":
+        return load.batch
+    return None if is_open(load) else max((users for users, _ in load.steps), default=load.users)
+
+
 def arrival_times(load: Load, trace: Sequence[float | None] = ()) -> Iterator[float]:
     """When each request is due; ``trace``: the `at` of the prompts, in their order. No clock says when a batch is."""
     if load.shape == "trace":

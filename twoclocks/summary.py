@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from twoclocks import __version__, expositions, metrics
+from twoclocks.attempts import attempts
 from twoclocks.calibration import Calibration, calibration_of, error_bars
 from twoclocks.checks import checks, joined
 from twoclocks.clocks import CLOCKS, METRICS, PAGE, SILENCES, silences
@@ -74,6 +75,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "figures": figures,
         "rosetta": rosetta(run, figures, slo_limits(run.experiment)),
         "warmup": run.meta.get("warmup"),
+        "attempts": attempts(run),
         "levels": _levels(run),
         "prefix_cache": prefix_cache(run),
         "sessions": sessions(run),
@@ -221,6 +223,12 @@ def _figures(run: Run) -> dict[str, Any]:
             f"but misses of the SLO; {LEFT_OUT}",
         ),
         "warmup": one(int((run.requests["phase"] == "warmup").sum()), "requests", "sent before the measuring window"),
+        "drain": one(
+            int((run.requests["phase"] != "warmup").sum()) - len(measured),
+            "requests",
+            "begun before the end of the measuring window and sent after it; in no other figure but the throughput "
+            "of the whole run. requests + warmup + drain = all of requests.jsonl",
+        ),
         "duration": one(window[1] - window[0], "s", "length of the measuring window"),
         "request_throughput": one(
             metrics.request_throughput(ended, window), "requests/s", definition(metrics.request_throughput)

@@ -111,6 +111,8 @@ def render(summary: dict[str, Any]) -> RenderableType:
     if summary["partial"]:
         parts.append(Text(summary["partial"], style="bold yellow"))
     parts += [_verdict(summary), _totals(summary), _latencies(summary)]
+    if summary["attempts"]:
+        parts.append(_attempts(summary["attempts"]))
     if summary["levels"]:
         parts.append(_levels(summary["levels"]))
     if lines := prefix_lines(summary["prefix_cache"]):
@@ -259,7 +261,8 @@ def warmup_words(summary: dict[str, Any]) -> str:
 
 
 def _error(row: dict[str, Any]) -> str:
-    return plain(f"{row['count']} {row['kind']}" + (f" ({row['example'][:80]})" if row["example"] else ""))
+    where = " in mid-stream" if row["status"] == "truncated" else ""
+    return plain(f"{row['count']} {row['kind']}{where}" + (f" ({row['example'][:80]})" if row["example"] else ""))
 
 
 def shown_labels(figures: dict[str, Any]) -> dict[str, str]:
@@ -380,6 +383,50 @@ def prefix_lines(told: dict[str, Any]) -> list[str]:
         counted = told["intended"]["requests"]
         lines["intended"] += f" (of {counted:,} of {counted + left_out:,} requests, as more texts are not compared)"
     return [f"{name.capitalize()}: {shares[name]} {text}." for name, text in lines.items() if name in shares]
+
+
+ATTEMPT_HEADINGS = {
+    "attempts": "that an ask took",
+    "asks": "what a user wanted: a first attempt and its retries",
+    "share": "of all asks",
+    "ok": "asks whose last attempt ended ok",
+    "TTFT p50, ms": "from when the first attempt was due, pauses included, of asks that ended ok",
+    "TTFT p99, ms": "the same",
+    "E2E p50, ms": "from when the first attempt was due until the last token, the same",
+    "E2E p99, ms": "the same",
+}
+"""Columns of the table of attempts -> what they mean."""
+ATTEMPTS_TITLE = "Asks and their attempts, from the first intent"
+
+
+def attempt_row(row: dict[str, Any]) -> list[str]:
+    """The cells of one row of ``attempts``, as ATTEMPT_HEADINGS names them."""
+    ttft, e2e = row["ttft_from_first_intent"], row["e2e_from_first_intent"]
+    return [
+        "any" if row["attempts"] is None else f"{row['attempts']}",
+        f"{row['asks']:,}",
+        number(row["share"], "share"),
+        f"{row['ok']:,}",
+        *(number(told[p], "s") for told in (ttft, e2e) for p in ("p50", "p99")),
+    ]
+
+
+def attempt_words(told: dict[str, Any]) -> str:
+    """How many asks took how many attempts."""
+    return (
+        f"{told['asks']:,} asks took {told['attempts']:,} attempts; {number(told['retried_share'], 'share')} took more "
+        f"than one, and {told['asks'] - told['ok']:,} did not end ok. Every other figure here is of attempts, failed "
+        "ones among them."
+    )
+
+
+def _attempts(told: dict[str, Any]) -> RenderableType:
+    table = Table(title=ATTEMPTS_TITLE, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ATTEMPT_HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in told["rows"]:
+        table.add_row(*attempt_row(row))
+    return Group(table, Text(attempt_words(told)))
 
 
 def _turns(summary: dict[str, Any]) -> RenderableType:

@@ -4,6 +4,7 @@ Importing this module imports Locust, which monkey-patches the standard library:
 """
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from locust import User, task
 from locust.env import Environment
 from locust.exception import StopUser
 
-from twoclocks.client import Connection, Origin, send
+from twoclocks.client import FIRST, Attempt, Connection, Origin, send
 from twoclocks.endpoint import Endpoint
 from twoclocks.errors import plain
 from twoclocks.experiment import Experiment
@@ -24,7 +25,8 @@ from twoclocks.masks import redact
 from twoclocks.prefix_plan import Sent
 from twoclocks.reader import connect
 from twoclocks.record import LEFT, STOPPED, Record, encode_record, token_span_s
-from twoclocks.workload import Plan
+from twoclocks.retries import pause_s
+from twoclocks.workload import Plan, repeated
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # a user's pause after a failure, doubled each time, so that it cannot spin
 
@@ -50,7 +52,8 @@ class Sender(msgspec.Struct):
     window_ns: int = 0  # when the measuring window begins
     arrivals: Iterator[float] | None = None  # of an open loop by the clock: seconds since then
     left: int | None = None  # requests that may still be sent; None: no limit; -1: none, and that was told
-    in_flight: int = 0
+    in_flight: int = 0  # asks; of them `waiting` are between two attempts, with no request on its way
+    waiting: int = 0
     not_sent: int = 0  # requests that were due while load.max_in_flight others were under way
     turns_not_sent: dict[str, int] = msgspec.field(default_factory=dict)  # of sessions that were begun: why -> how many
     sent: Sent = msgspec.field(default_factory=Sent)
@@ -68,7 +71,7 @@ class Sender(msgspec.Struct):
         return Origin(self.zero_ns, self.worker, user, keep_text, self.count_tokens)
 
     def take(self) -> Plan | None:
-        """The next to send, and the count of those under way; None if there is none. Its end goes to `ended`."""
+        """The next to send, and the count of those under way; None if there is none. It goes to `ask`."""
         self.may_send.wait()
         if self.over.is_set() or (self.left is not None and self.left <= 0):
             return None
@@ -119,13 +122,45 @@ class Sender(msgspec.Struct):
         """What was due, or would have been, and was not sent; run.json holds the sum over all processes."""
         return {"not_sent": self.not_sent, "turns_not_sent": self.turns_not_sent}
 
-    def ended(self, environment: Environment, plan: Plan, record: Record) -> None:
-        """Keep a record, and tell Locust's own statistics."""
-        self.in_flight -= 1
-        self.count_sent(plan, record)
-        self.sink(self.line(record))
-        fire_request(environment, self.experiment, record)
-        self.look_for_the_end()
+    def ask(
+        self, environment: Environment, connection: Connection, plan: Plan, user: int, due_ns: int | None
+    ) -> Record:
+        """Send a plan that was taken, and again as the experiment's `retries` say; the record of the last attempt.
+
+        Each attempt is kept as soon as it has ended. An ask stays in flight while it waits for the next.
+        """
+        attempt = FIRST
+        try:
+            while True:
+                record = send(connection, plan, self.origin(user), "measure", due_ns, attempt)
+                self.count_sent(plan, record)
+                self.sink(self.line(record))
+                again = False
+                try:
+                    pause = pause_s(self.experiment.retries, record, random.random())
+                    if pause is not None:
+                        due_ns = self.zero_ns + round((record.ended_at + pause) * 1e9)
+                        again = self._may_come_again(due_ns)
+                except GreenletExit:  # Locust ends this user meanwhile
+                    self.give_up(plan.later, "stopped")
+                    raise
+                finally:
+                    fire_request(environment, self.experiment, record, again=again)
+                if not again:
+                    return record
+                attempt = Attempt(record.attempt + 1, record.first_attempt_id or record.request_id)
+                plan = repeated(plan)
+        finally:
+            self.in_flight -= 1
+            self.look_for_the_end()
+
+    def _may_come_again(self, due_ns: int) -> bool:
+        """Wait until then; whether the run still goes on."""
+        self.waiting += 1
+        try:
+            return not self.over.wait(max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
+        finally:
+            self.waiting -= 1
 
     def count_sent(self, plan: Plan, record: Record) -> None:
         """For the share of the prompts that a prefix cache could know."""
@@ -150,7 +185,7 @@ class Sender(msgspec.Struct):
 
 def load_now(runner: Any, sender: Sender) -> tuple[int, int, int]:
     """What this process is at: users, requests in flight, requests not sent so far."""
-    return runner.user_count, sender.in_flight, sender.not_sent
+    return runner.user_count, sender.in_flight - sender.waiting, sender.not_sent
 
 
 class StreamingUser(User):
@@ -203,8 +238,7 @@ class StreamingUser(User):
         if plan is None:
             raise StopUser
         assert self.connection is not None
-        record = send(self.connection, plan, sender.origin(self.number), "measure", due_ns)
-        sender.ended(self.environment, plan, record)
+        record = sender.ask(self.environment, self.connection, plan, self.number, due_ns)
         self.turn = sender.following(plan, record)
         if self.turn is not None:
             self.due_ns = sender.due_ns(record, self.turn)
@@ -300,9 +334,8 @@ class OpenLoop:
         sender = self.sender
         while True:
             connection = self.idle.pop() if self.idle else connect(sender.endpoint)
-            record = send(connection, plan, sender.origin(self.user), "measure", due_ns)
+            record = sender.ask(self.environment, connection, plan, self.user, due_ns)
             self.idle.append(connection)
-            sender.ended(self.environment, plan, record)
             turn = sender.following(plan, record)
             if turn is None:
                 return
@@ -312,17 +345,19 @@ class OpenLoop:
                 return
 
 
-def fire_request(environment: Environment, experiment: Experiment, record: Record) -> None:
+def fire_request(environment: Environment, experiment: Experiment, record: Record, *, again: bool) -> None:
     """One event of Locust's own statistics: time from send to the last token, in ms, and the tokens as length.
 
-    Requests that their user left stand in rows of their own, and are no failures.
+    Requests that their user left, and attempts after which another was made, stand in rows of their own, and are no
+    failures.
     """
     message = plain(record.error_message or "")[:120]
     left = record.error_kind in LEFT
-    failed = None if record.status == "ok" or left else RuntimeError(f"{record.error_kind}: {message}")
+    where = " in mid-stream" if record.status == "truncated" else ""
+    failed = None if record.status == "ok" or left or again else RuntimeError(f"{record.error_kind}{where}: {message}")
     environment.events.request.fire(
         request_type="POST",
-        name=f"{record.target} {experiment.target.api}" + (f", {record.error_kind}" if left else ""),
+        name=f"{record.target} {experiment.target.api}" + (f", {record.error_kind}" if left else ", retried" * again),
         response_time=duration_s(record) * 1000,
         response_length=record.output_tokens or 0,
         exception=failed,

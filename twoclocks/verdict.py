@@ -15,6 +15,7 @@ from scipy import stats
 from twoclocks import checks, expositions, fleet_summary, metrics
 from twoclocks.load import Run
 from twoclocks.prefix_cache import CACHED_SHARE, cache_hits
+from twoclocks.record import NO_FILES
 
 Level = Literal["SUSPECT", "INVALID"]
 
@@ -114,6 +115,19 @@ def _not_sent(run: Run) -> Reason | None:
     )  # fmt: skip
 
 
+def _no_file_handle(run: Run) -> Reason | None:
+    """Requests that the tester itself could not send are no failures of the server, and were missing in its load."""
+    without = int((run.measured["error_kind"] == NO_FILES).sum())
+    if not without:
+        return None
+    share = without / len(run.measured)
+    text = f"{without:,} of {len(run.measured):,} requests ({share:.1%}) could not be sent for want of a file handle"
+    return Reason(
+        "INVALID" if share > 0.01 else "SUSPECT", "no_file_handle", text, share,
+        "raise the limit (ulimit -n), use more processes, or lower load.max_in_flight",
+    )  # fmt: skip
+
+
 def _file_limit(run: Run) -> Reason | None:
     """Each stream is an open file; near the limit connections fail, and the server is blamed."""
     limits = run.self_samples["open_file_limit"].dropna()
@@ -134,6 +148,30 @@ def _lost(run: Run) -> Reason | None:
         return None
     text = f"{lost} records of the workers did not reach the master"
     return Reason("INVALID", "lost_records", text, lost, "look at the workers' output, and run again")
+
+
+def _unwritten(run: Run) -> Reason | None:
+    """Records that the disk did not take: the run was stopped there, and they are in no figure."""
+    unwritten = int(run.meta.get("unwritten_records") or 0)
+    if not unwritten:
+        return None
+    text = f"{unwritten} records could not be written to the disk, and the run was stopped there"
+    return Reason(
+        "INVALID", "unwritten_records", text, unwritten, "make room, or name another place with --set output=DIR"
+    )
+
+
+def _clock_set(run: Run) -> Reason | None:
+    """Durations are on the monotonic clock, and hold. What the server's log tells is placed by the wall clock."""
+    by = float(run.meta.get("wall_clock_set_s") or 0)
+    if abs(by) <= max(CLOCK_SET_S, CLOCK_SLEW * (run.window[1] - run.window[0])):
+        return None
+    text = f"the wall clock was set by {by:+,.1f} s while the run lasted, or the machine slept"
+    return Reason(
+        "SUSPECT", "clock_set", text, by,
+        "latencies hold, they are on another clock; lines of the server's log may be misplaced by as much: let the "
+        "clock settle, and run again",
+    )  # fmt: skip
 
 
 def _missing_workers(run: Run) -> Reason | None:
@@ -438,9 +476,10 @@ def _unfinished(run: Run) -> Reason | None:
 
 
 RULES: tuple[Callable[[Run], Reason | None], ...] = (
-    _nothing_ok, _lost, _missing_workers, _restarted, _foreign_traffic, _fewer_answers, _foreign_spans, _before_server,
-    _sources_disagree, _preempted, _loop_lag, _cpu, _stall,
-    _late_sends, _not_sent, _file_limit, _stalled_workers, _changed_workers, _held_back, _clock_offsets,
+    _nothing_ok, _lost, _unwritten, _missing_workers, _restarted, _foreign_traffic, _fewer_answers, _foreign_spans,
+    _before_server, _sources_disagree, _preempted, _loop_lag, _cpu, _stall,
+    _late_sends, _not_sent, _no_file_handle, _file_limit, _clock_set,
+    _stalled_workers, _changed_workers, _held_back, _clock_offsets,
     _drift, _prefix_cache, _short_outputs, _tokens_disagree, _unjoined, _too_few, _unfinished,
 )  # fmt: skip
 
@@ -455,6 +494,7 @@ MIN_FOR_P99 = 100
 MIN_FOR_DRIFT = 20
 DRIFT_SHARE, DRIFT_P = 0.2, 0.01
 MIN_BINS, MOST_BINS = 6, 40  # six of a half against six: the least that can fall below DRIFT_P with some to spare
+CLOCK_SET_S, CLOCK_SLEW = 0.5, 0.001  # a clock that is disciplined moves by less
 CLOCK_S = 0.001  # what two clocks of one machine may differ by within a request
 
 

@@ -167,7 +167,7 @@ class WorkerSide:
 
     @property
     def _begun(self) -> int:
-        return self.outbox.lines + (self.sender.in_flight if self.sender is not None else 0)
+        return self.outbox.lines + (self.sender.in_flight - self.sender.waiting if self.sender is not None else 0)
 
     def _state(self) -> dict[str, Any]:
         """What the master should know of this worker, should it be the last that it hears."""

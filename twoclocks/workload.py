@@ -35,6 +35,13 @@ class Plan(msgspec.Struct, frozen=True):
     then: Callable[[str], "Plan"] | None = None  # the next turn, made of this one's answer; to be called once
 
 
+def repeated(plan: Plan) -> Plan:
+    """The same once more, under an id of its own; a salt that was drawn from the first id stays as it is."""
+    request_id = secrets.token_hex(16)
+    body = plan.body.replace(plan.request_id.encode(), request_id.encode())  # where a server reads it there
+    return msgspec.structs.replace(plan, request_id=request_id, body=body)
+
+
 def load_workload(experiment: Experiment) -> list[Prompt]:
     """The prompts of ``workload.requests``, or of every part of ``workload.mix`` with ids NAME/ID.
 
