@@ -11,6 +11,7 @@ hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
 
 
+@pytest.hookimpl(tryfirst=True)  # else xdist has looked for the groups before they are there
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes (-n 2 --dist loadgroup) a file stays in one, and one has all that use the real servers."""
     for item in items:
