@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml requirements.lock setup.py twoclocks/_native.c
 
 # In two processes: most of the time goes into waiting for servers and browsers.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -1,8 +1,13 @@
 """Fixtures of several test files; the servers themselves stand in fake_server.py and real_servers.py."""
 
+import functools
+from pathlib import Path
+
 import hypothesis
 import pytest
 from real_servers import exporting_vllm, one_at_a_time, otlp_port, real_transformers, real_vllm
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 __all__ = ["exporting_vllm", "one_at_a_time", "otlp_port", "real_transformers", "real_vllm"]
 
@@ -11,9 +16,23 @@ hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
 
 
-@pytest.hookimpl(tryfirst=True)  # else xdist has looked for the groups before they are there
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes (-n 2 --dist loadgroup) a file stays in one, and one has all that use the real servers."""
-    for item in items:
-        real = item.get_closest_marker("real")
-        item.add_marker(pytest.mark.xdist_group("real servers" if real else item.nodeid.partition("::")[0]))
+SHARED = ("real_vllm", "real_transformers", "exporting_vllm", "one_at_a_time")
+
+
+class ByServers(LoadScopeScheduling):
+    """A file stays in one process, and all files that use the same real servers in the same one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "real servers" if any(name in _text(file) for name in SHARED) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByServers:
+    """How -n 2 deals out the tests. xdist's own groups (--dist loadgroup) are not seen with this pytest."""
+    return ByServers(config, log)
+
+
+@functools.cache
+def _text(file: str) -> str:
+    return (Path(__file__).parent.parent / file).read_text(encoding="utf-8")
