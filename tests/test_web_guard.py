@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import httpx
@@ -141,6 +142,24 @@ def test_a_wrong_password_costs_time_and_opens_nothing(closed_ui):
         assert client.get("/logs").status_code == 302
 
 
+def test_passwords_are_tried_one_at_a_time(closed_ui):
+    over = threading.Event()
+
+    def try_wrong_ones():
+        while not over.is_set():
+            httpx.post(f"{closed_ui}/twoclocks/login", data={"password": "wrong"}, timeout=60)
+
+    trying = threading.Thread(target=try_wrong_ones)
+    trying.start()
+    try:
+        right = {"password": PASSWORD}
+        wait_for(lambda: httpx.post(f"{closed_ui}/twoclocks/login", data=right, timeout=60).status_code == 429)
+    finally:
+        over.set()
+        trying.join()
+    assert httpx.post(f"{closed_ui}/twoclocks/login", data=right, timeout=60).headers["location"] == "/"
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_person_logs_in(closed_ui):
     with browser() as page:
@@ -161,7 +180,10 @@ def test_the_session_is_for_this_ui_alone(closed_ui):
     with httpx.Client(base_url=closed_ui) as client:
         told = client.post("/twoclocks/login", data={"password": PASSWORD})
 
-        assert re.match(r"twoclocks=\S+; HttpOnly; Path=/; SameSite=Strict$", told.headers["set-cookie"])
+        assert re.match(
+            rf"twoclocks-{httpx.URL(closed_ui).port}=\S+; HttpOnly; Path=/; SameSite=Strict$",
+            told.headers["set-cookie"],
+        )
         assert client.get("/logs").status_code == 200
         assert client.get("/logs", headers={"Origin": "http://evil.example"}).status_code == 403
 

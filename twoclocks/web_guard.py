@@ -26,7 +26,7 @@ MIN_PASSWORD_CHARS = 8
 FORM = {"user_count", "spawn_rate", "host", "run_time", "user_classes", "shape_class", "profile"}
 """What Locust's own form sends. Any other of its options would be a way to name files of this machine."""
 MAX_FORM_BYTES = 64 * 1024
-WRONG_S = 1.0  # a wrong password costs this, one after the other
+WRONG_S = 1.0  # a wrong password costs this; meanwhile no other is looked at
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -143,7 +143,11 @@ def _ask_for_password(web_ui: Any, base_path: str, password: str) -> None:
     app, one_at_a_time = web_ui.app, threading.Lock()
     app.secret_key = secrets.token_bytes(32)  # a session ends with this process
     secure = bool(web_ui.tls_cert and web_ui.tls_key)
-    app.config.update(SESSION_COOKIE_NAME="twoclocks", SESSION_COOKIE_SAMESITE="Strict", SESSION_COOKIE_SECURE=secure)
+    app.config.update(
+        SESSION_COOKIE_NAME=f"twoclocks-{web_ui.port}",  # cookies are a host's, whatever its ports
+        SESSION_COOKIE_SAMESITE="Strict",
+        SESSION_COOKIE_SECURE=secure,
+    )
     manager = LoginManager(app)
     manager.login_view = "locust.login"
     manager.user_loader(lambda name: _User() if name == _User.id else None)
@@ -159,11 +163,15 @@ def _ask_for_password(web_ui: Any, base_path: str, password: str) -> None:
     @app.route(f"{base_path}/twoclocks/login", methods=["POST"])
     def check_password() -> Any:
         given = request.form.get("password", "")
-        if hmac.compare_digest(given.encode(), password.encode()):
-            login_user(_User())
-            session["auth_error"] = None
-            return redirect(url_for("locust.index"))
-        with one_at_a_time:
+        if not one_at_a_time.acquire(blocking=False):  # also a right one, or many at once would be many tries a second
+            abort(429, "another try to log in is under way; go back and try again in a second")
+        try:
+            if hmac.compare_digest(given.encode(), password.encode()):
+                login_user(_User())
+                session["auth_error"] = None
+                return redirect(url_for("locust.index"))
             time.sleep(WRONG_S)
+        finally:
+            one_at_a_time.release()
         session["auth_error"] = "That is not the password."
         return redirect(url_for("locust.login"))
