@@ -9,6 +9,7 @@ import threading
 import time
 
 import httpx
+import msgspec
 import pytest
 from fake_server import HANG, FakeServer, response
 from make_spans import OTHER, export, vllm_span
@@ -64,6 +65,18 @@ def test_only_what_changed_is_written_again(tmp_path):
         [],
     ]
     assert (lines[0]["types"], lines[2]["gone"]) == ({"a": "gauge", "b": "gauge"}, [["b", {"engine": "0"}]])
+
+
+def test_a_key_is_hidden_in_labels_and_names_stay(tmp_path):
+    out, text = io.BytesIO(), b'# TYPE a_running gauge\na_running{x="is running"} 1\n'
+    with FakeServer() as server, httpx.Client() as client:
+        server.metrics = lambda: response(200, text, "text/plain")
+        told = msgspec.structs.replace(job(tmp_path), secrets=["a_running", "running"])
+        Scraper(f"{server.url}/metrics", told, client, Lines(out)).scrape()
+    line = json.loads(out.getvalue())
+
+    assert line["samples"] == [["a_running", {"x": "is ***"}, 1.0]]
+    assert line["types"] == {"a_running": "gauge"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from twoclocks.endpoint import make_endpoint, request_headers, secrets_of
 from twoclocks.errors import ExperimentError
 from twoclocks.experiment import Start, Target, Timeouts, load_experiment
-from twoclocks.masks import masked, masked_command, redact, secret_words, tells_a_secret
+from twoclocks.masks import masked, redact, secret_words, tells_a_secret
 
 
 @pytest.mark.parametrize(
@@ -102,13 +102,91 @@ def test_redacting_leaves_numbers_and_what_is_no_secret():
     assert redact(told, ()) is told
 
 
-def test_masks_of_commands():
-    assert (
-        masked_command("kubectl logs --token abc --tail 1 HF_TOKEN=x")
-        == "kubectl logs --token *** --tail 1 HF_TOKEN=***"
-    )
-    assert masked({"log": "command:tail --password x f"}) == {"log": "command:tail --password *** f"}
-    assert masked_command("docker logs -f 'my server'") == "docker logs -f 'my server'"
+def test_a_word_of_a_language_is_hidden_where_it_stands_alone():
+    secrets = secret_words(["something", "key-0123456789"])
+
+    assert redact("something somethings akey-0123456789", secrets) == "*** somethings a***"
+    assert redact("it ends with somethin", secrets) == "it ends with ***"
+
+
+def test_the_values_of_a_cookie_are_secrets_and_its_names_are_not():
+    cookie = "PHPSESSID=abcdef123456; theme=0123456789"
+
+    assert {"abcdef123456", "0123456789"} < set(secret_words([cookie]))
+    assert redact("bad PHPSESSID abcdef123456", secret_words([cookie])) == "bad PHPSESSID ***"
+
+
+def test_headers_that_route_and_label_hide_nothing(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    headers = {
+        "X-Traffic": "benchmark requests",
+        "Content-Type": "application/json",
+        "X-Model": "Llama-3.1-8B-Instruct",
+    }
+    kept = {"X-Auth-User": "somebody", "X-Any": "0123456789abcdef", "X-Login": "Bearer short-key"}
+
+    assert secrets_of(Target(headers=headers)) == ()
+    assert set(secrets_of(Target(headers=headers | kept))) == {"somebody", "0123456789abcdef", "short-key"}
+
+
+def test_a_schema_of_an_answer_is_shown():
+    schema = {"properties": {"password": {"description": "choose something memorable"}, "token": "key-1"}}
+    shown = {"properties": {"password": {"description": "choose something memorable"}, "token": "***"}}
+
+    assert masked({"response_format": {"json_schema": {"schema": schema}}}) == {
+        "response_format": {"json_schema": {"schema": shown}}
+    }
+
+
+@pytest.mark.parametrize(
+    ("tree", "shown", "told"),
+    [
+        (
+            "command:kubectl logs --token abc --tail 1 HF_TOKEN=x",
+            "command:kubectl logs --token *** --tail 1 HF_TOKEN=***",
+            ["abc", "x"],
+        ),
+        ("command:docker logs -f 'my server'", "command:docker logs -f 'my server'", []),
+        ("command:docker exec -u 1000:1000 x tail f", "command:docker exec -u 1000:1000 x tail f", []),
+        ("command:curl -H 'Authorization: Bearer k'", "command:curl -H 'Authorization: Bearer ***'", ["k"]),
+        ("command:curl -H 'Cookie: a=b; c=d' h", "command:curl -H 'Cookie: ***' h", ["a=b; c=d"]),
+        ("command:curl -u me:pw h", "command:curl -u *** h", ["me:pw"]),
+        ("command:curl https://me:pw@h/logs", "command:curl https://***@h/logs", ["me:pw"]),
+        ("command:curl 'Authorization: Bearer k", "command:curl 'Authorization: Bearer ***", ["k"]),  # a quote too few
+        (
+            "command:ssh h 'docker logs --token k --tail 1'",
+            "command:ssh h 'docker logs --token *** --tail 1'",
+            ["k"],
+        ),
+        (
+            ["bash", "-c", "vllm serve m --api-key k --port 1 --max-num-batched-tokens 2"],
+            ["bash", "-c", "vllm serve m --api-key *** --port 1 --max-num-batched-tokens 2"],
+            ["k"],
+        ),
+        (["bash", "-c", "curl -u me:pw h"], ["bash", "-c", "curl -u *** h"], ["me:pw"]),
+        (["--otlp", "http://me:pw@h"], ["--otlp", "http://***@h"], ["me:pw"]),
+        ({"HTTPS_PROXY": "http://me:pw@h"}, {"HTTPS_PROXY": "http://***@h"}, ["me:pw"]),
+        ({"password": 12345678, "token": None}, {"password": "***", "token": None}, ["12345678"]),
+    ],
+)
+def test_masks_of_commands_and_addresses(tree, shown, told):
+    hidden = []
+
+    assert masked(tree, hidden=hidden) == shown
+    assert [one for one in hidden if one != "***"] == told
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["clientSecret", "accessToken", "userPassword", "OPENAI_KEY", "private_key", "privateKey", "passphrase", "X-Token"],
+)
+def test_names_of_secrets(name):
+    assert masked({name: "x"}) == {name: "***"}
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "maxTokens", "api_key_env", "prompt_cache_key", "keys", "monkey"])
+def test_names_of_what_is_none(name):
+    assert masked({name: "x"}) == {name: "x"}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +194,12 @@ def test_masks_of_commands():
     [
         ("target.headers.Authorization=Bearer x", True),
         ("target.headers.Authorization=${KEY}", False),
+        ("target.headers.Authorization=Bearer ${KEY}", False),
+        ("target.headers.Authorization=Bearer ${KEY:-}", False),
+        ("target.headers.Authorization=Bearer ${KEY:-x}", True),
         ("target.headers.Authorization=***", False),
+        ("target.start.env.HTTPS_PROXY=http://me:pw@h", True),
+        ("workload.requests=by_key.jsonl", False),
         ("target.extra_body.api_key=x", True),
         ("workload.max_tokens=3", False),
         ("target.api_key_env=NAME", False),

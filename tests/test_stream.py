@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from twoclocks.dialect import MAX_CHUNKS, Body, _events, parse_event
 from twoclocks.dialect import read_stream as read_body
 from twoclocks.http1 import ProtocolError, ResponseReader, request_head
+from twoclocks.masks import redact
 from twoclocks.record import expand, run_lengths
 from twoclocks.sse import MAX_EVENT_BYTES, EventTooLong, SseDecoder
 
@@ -125,6 +126,27 @@ def test_a_body_does_not_depend_on_the_split(cuts):
     assert body == b"hello" + b" world" * 50
     assert (reader.status, reader.complete, reader.reusable) == (200, True, True)
     assert reader.headers["content-type"] == "text/event-stream"
+
+
+@pytest.mark.parametrize("filler", [22, 62, 18_000])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"%s\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n%s\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-encoding: %s\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: %s\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n%s\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx%s\r\n",
+    ],
+)
+def test_what_is_quoted_of_a_server_holds_no_part_of_a_key(data, filler):
+    key = "sk-" + "0123456789" * 3
+    with pytest.raises(ProtocolError) as caught:
+        ResponseReader().feed(data % (b"x" * filler + key.encode() + b" and more"))
+
+    assert "x" * 22 in str(caught.value)
+    assert key[:8] not in redact(str(caught.value), [key])
 
 
 @given(st.binary(max_size=300))

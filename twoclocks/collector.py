@@ -93,15 +93,19 @@ class Scraper:
         else:
             before = self.series or {}
             changed = [(key, value) for key, value in series.items() if before.get(key) != value]
-            line |= {"samples": [[name, dict(labels), value] for (name, labels), value in changed]}
+            line |= {"samples": [[name, self._shown(labels), value] for (name, labels), value in changed]}
             if self.series is None:
                 line["types"] = types
-            gone = [[name, dict(labels)] for name, labels in before.keys() - series.keys()]
+            gone = [[name, self._shown(labels)] for name, labels in before.keys() - series.keys()]
             if gone:
                 line["gone"] = gone
             self.series = series
-        self.out.write(redact(line | {"error": failure}, self.job.secrets))
+        self.out.write(line | {"error": failure})
         return failure
+
+    def _shown(self, labels: tuple[tuple[str, str], ...]) -> dict[str, str]:
+        """A label may hold anything; names are for whoever reads the page by them, and stay as they are."""
+        return {name: redact(value, self.job.secrets) for name, value in labels}
 
     def is_idle(self) -> bool:
         """Does the server say that nothing runs and nothing waits? True where it does not tell."""

@@ -12,7 +12,7 @@ from twoclocks import __version__
 from twoclocks.errors import ExperimentError
 from twoclocks.experiment import Target, Timeouts
 from twoclocks.http1 import request_head
-from twoclocks.masks import masked, secret_words, texts
+from twoclocks.masks import masked, secret_headers, secret_words, texts
 from twoclocks.proxy import Proxy, find_proxy
 
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "tgi-generate": "/generate_stream"}
@@ -61,13 +61,13 @@ def _key_in(path: str) -> str:
 
 
 def secrets_of(target: Target) -> tuple[str, ...]:
-    """What no record may show, though the server may say it back: the key, and all that is masked in the experiment.
+    """What no record may show, though the server may say it back: the key, and what is masked in the experiment.
 
     Raises ExperimentError as request_headers.
     """
     hidden: list[str] = []
-    shown = masked(msgspec.to_builtins(target), hidden=hidden)
-    return secret_words([*request_headers(target).values(), *hidden], in_the_open=texts(shown))
+    shown = masked(msgspec.to_builtins(msgspec.structs.replace(target, headers={})), hidden=hidden)
+    return secret_words([*secret_headers(request_headers(target)), *hidden], in_the_open=texts(shown))
 
 
 def make_endpoint(target: Target, timeouts: Timeouts) -> Endpoint:

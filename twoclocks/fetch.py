@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 import httpx
 
+from twoclocks.http1 import QUOTED
+
 PLAIN = {"Accept-Encoding": "identity"}
 """What is packed could be a thousand times as large as what is counted."""
 
@@ -27,7 +29,7 @@ def fetch(
     body = bytearray()
     with client.stream(method, url, headers={**headers, **PLAIN}, follow_redirects=False) as response:
         if response.has_redirect_location:
-            where = response.headers["location"][:200]
+            where = response.headers["location"][:QUOTED]  # whoever shows it hides keys, and then cuts
             raise Moved(f"status {response.status_code} leads to {where!r}, which is not followed; name that address")
         if response.headers.get("content-encoding", "identity").lower() != "identity":
             raise ValueError("a compressed answer, which was not asked for")

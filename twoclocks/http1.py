@@ -11,6 +11,9 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_CHUNK_LINE_BYTES = 1024
 MAX_TRAILER_BYTES = 64 * 1024
 
+QUOTED = 20_000
+"""What a message quotes of a server: so much that no key is cut in what is kept of it, once keys are hidden."""
+
 _CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?\r?$", re.DOTALL)
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5]\d\d)(?: |$)")
 
@@ -103,7 +106,7 @@ class ResponseReader:
         status_line, *lines = re.split(rb"\r?\n", data[position : match.start()])
         found = _STATUS_LINE.match(status_line)
         if found is None:
-            raise ProtocolError(f"not an HTTP/1.1 status line: {status_line[:80]!r}")
+            raise ProtocolError(f"not an HTTP/1.1 status line: {_quoted(status_line)}")
         status = int(found[1])
         if status < 200 and status != 101:
             return match.end()  # an interim response; the real one follows
@@ -111,7 +114,7 @@ class ResponseReader:
         for line in lines:
             name, colon, value = line.partition(b":")
             if not colon or not name or name != name.strip():
-                raise ProtocolError(f"not a header line: {line[:80]!r}")
+                raise ProtocolError(f"not a header line: {_quoted(line)}")
             self.headers[name.decode("latin-1").lower()] = value.strip().decode("latin-1")
         self._start_body(http_1_0=status_line.startswith(b"HTTP/1.0"))
         return match.end()
@@ -122,16 +125,18 @@ class ResponseReader:
         coding = self.headers.get("transfer-encoding")
         length = self.headers.get("content-length")
         if self.headers.get("content-encoding", "identity").lower() != "identity":
-            raise ProtocolError(f"a compressed body ({self.headers['content-encoding']}), which was not asked for")
+            raise ProtocolError(
+                f"a compressed body ({self.headers['content-encoding'][:QUOTED]}), which was not asked for"
+            )
         if self.status in (101, 204, 304):
             self.complete = True
         elif coding is not None:
             if coding.lower() != "chunked":
-                raise ProtocolError(f"transfer coding {coding!r}, which was not asked for")
+                raise ProtocolError(f"transfer coding {coding[:QUOTED]!r}, which was not asked for")
             self._mode = "size"
         elif length is not None:
             if not re.fullmatch(r"\d{1,15}", length):
-                raise ProtocolError(f"content-length {length[:40]!r}")
+                raise ProtocolError(f"content-length {length[:QUOTED]!r}")
             self._mode, self._left = "length", int(length)
             self.complete = self._left == 0
         else:
@@ -149,12 +154,12 @@ class ResponseReader:
         if self._mode == "size":
             found = _CHUNK_SIZE.match(line)
             if found is None:
-                raise ProtocolError(f"not a chunk size: {line[:40]!r}")
+                raise ProtocolError(f"not a chunk size: {_begun(line)}")
             self._left = int(found[1], 16)
             self._mode = "chunk" if self._left else "trailer"
         elif self._mode == "chunk-end":
             if line.rstrip(b"\r"):
-                raise ProtocolError(f"a chunk longer than its size: {line[:40]!r}")
+                raise ProtocolError(f"a chunk longer than its size: {_begun(line)}")
             self._mode = "size"
         else:
             self._trailer_bytes += len(line)
@@ -162,6 +167,15 @@ class ResponseReader:
                 raise ProtocolError(f"trailers of more than {MAX_TRAILER_BYTES} bytes")
             self.complete = not line.rstrip(b"\r")
         return end + 1
+
+
+def _quoted(line: bytes) -> str:
+    return repr(line[:QUOTED])
+
+
+def _begun(line: bytes) -> str:
+    """As much as the native reader keeps of a line. A message ends with it: there a key that was cut is known as one."""
+    return repr(line[:40])[2:-1]
 
 
 def request_head(host: str, path: str, headers: dict[str, str]) -> bytes:

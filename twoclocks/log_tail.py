@@ -5,6 +5,7 @@ writes, and what goes wrong is told in `failure`: a log that is missing never en
 """
 
 import os
+import re
 import shlex
 import stat
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from twoclocks import keeper
 from twoclocks.errors import plain
-from twoclocks.masks import masked_command
+from twoclocks.masks import masked_command, pattern
 
 MAX_BYTES = 256 * 1024 * 1024
 """Copied of one log in all."""
@@ -49,7 +50,8 @@ class _Copy:
     def hide(self, data: bytes) -> bytes:
         """With *** for each secret: a server may log the key that it was started with."""
         for secret in self.secrets:
-            data = data.replace(secret, b"***")
+            if secret in data:
+                data = re.sub(pattern(secret.decode()).encode(), b"***", data)
         return data
 
     def close(self) -> None:
