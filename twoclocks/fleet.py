@@ -7,6 +7,7 @@ Speaks Locust's messages; knows nothing of run folders.
     master -> worker   twoclocks_run (an Order), _window, _pong, _ack, _stop
 """
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -140,20 +141,23 @@ class Fleet:
             "salt": salt,
         }
         self.peers: dict[str, Peer] = {}
+        self.numbers = itertools.count()  # of shares; that of a worker which was refused is not used again
         self.window: dict[str, Any] | None = None  # what workers are told of it, once it is known
         self.is_ending = False
         self.was_alone = False  # had all workers gone before the end?
         present = [client.id for client in runner.clients.all if client.state != STATE_MISSING]
         for client_id in present:
-            self._order(Peer(client_id, len(self.peers), len(present), late=False))
+            self._order(Peer(client_id, next(self.numbers), len(present), late=False))
         self.watching = gevent.spawn(self._watch)
 
     # before the window
 
     def welcome(self, client_id: str) -> None:
         """A worker that listens from now on. Who comes once the shares are dealt has one beside them."""
-        number = len(self.peers)
-        self._order(self.peers.get(client_id) or Peer(client_id, number, number + 1, late=True))
+        if (peer := self.peers.get(client_id)) is None:
+            number = next(self.numbers)
+            peer = Peer(client_id, number, number + 1, late=True)
+        self._order(peer)
 
     def _order(self, peer: Peer) -> None:
         self.peers[peer.client_id] = peer
@@ -170,6 +174,9 @@ class Fleet:
             refused = [peer for peer in waiting if peer.refusal is not None]
             if refused:
                 raise TwoclocksError(f"{refused[0].name} cannot take part: {refused[0].refusal}")
+            there = {client.id for client in self.runner.clients.all if client.state != STATE_MISSING}
+            if gone := [peer for peer in waiting if peer.client_id not in there]:
+                raise TwoclocksError(f"{gone[0].name} was gone before the run began; look at its output")
             if time.monotonic() > deadline:
                 raise TwoclocksError(
                     f"{waiting[0].name} did not get ready within {READY_S:g} s; look at its output, or end it"
@@ -232,8 +239,10 @@ class Fleet:
         done = msgspec.convert(frame.said["done"], Done) if "done" in frame.said else None
         sent = msgspec.msgpack.decode(done.sent, type=Sent) if done is not None else Sent()
         peer.begun = max(peer.begun, frame.begun)
-        if peer.inbox.take(frame):
-            self.keep(frame)
+        if is_next := peer.inbox.is_next(frame):
+            self.keep(frame)  # before it counts: what could not be kept comes again
+        peer.inbox.take(frame)
+        if is_next:
             peer.is_exhausted |= "exhausted" in frame.said
             if done is not None:
                 peer.done, peer.sent, peer.done_at = done, sent, time.monotonic()
@@ -259,7 +268,7 @@ class Fleet:
                     )
             if self.window is not None and not self.is_ending:
                 self._look_for_the_end()
-                if all(peer.is_silent or peer.done is not None for peer in self.peers.values()):
+                if all(peer.is_silent or peer.done is not None for peer in self._taking_part()):
                     self.note("no worker is left; the run ends")
                     self.on_alone()
                     return
@@ -286,10 +295,15 @@ class Fleet:
                 break
             gevent.sleep(0.05)
         self.watching.kill()
+        self.peers = {peer.client_id: peer for peer in self._taking_part()}
         self.was_alone = all(peer in left or peer.done is None for peer in self.peers.values())
         if missing := self.missing:
             names = ", ".join(peer.name for peer in missing)
             self.note(f"{len(missing)} of {len(self.peers)} workers ended without their last lines: {names}")
+
+    def _taking_part(self) -> list[Peer]:
+        """All but who came late and has not got ready yet."""
+        return [peer for peer in self.peers.values() if peer.is_ready or not peer.late]
 
     @property
     def missing(self) -> list[Peer]:

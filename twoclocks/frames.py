@@ -110,9 +110,13 @@ class Inbox:
         self.number = 0  # of the last frame that was taken: what the worker is told
         self.lines = self.repeated = 0
 
+    def is_next(self, frame: Frame) -> bool:
+        """If not, it came twice, or one before it is missing and all will come again."""
+        return frame.number == self.number + 1
+
     def take(self, frame: Frame) -> bool:
-        """Is it the next one? If not, it came twice, or one before it is missing and all will come again."""
-        if frame.number != self.number + 1:
+        """Count it, if it is the next one."""
+        if not self.is_next(frame):
             self.repeated += frame.number <= self.number
             return False
         self.number += 1

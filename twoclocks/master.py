@@ -418,8 +418,10 @@ class MasterSide:
             self.fleet.on_frame(msg)
 
     def _keep_frame(self, frame: Frame) -> None:
-        self.keep(frame.lines)
-        self.keep_self(frame.self_lines)
+        if frame.lines:  # before there is a folder, a worker may already have something to say
+            self.keep(frame.lines)
+        if frame.self_lines:
+            self.keep_self(frame.self_lines)
 
     def _all_sent(self) -> None:
         if not self.time_is_up:
@@ -443,6 +445,8 @@ class MasterSide:
     def stopping(self) -> None:
         """The window ends here; what still streams may go on until it is drained."""
         if self.folder is None:
+            if self.beginning is not None and self.beginning is not gevent.getcurrent():
+                self.beginning.kill(TwoclocksError(self._why_stopped()))  # which ends in _give_up
             return
         for greenlet in (self.timer, self.progress, self.stepping):
             if greenlet is not None:
@@ -453,6 +457,12 @@ class MasterSide:
             self._tell(window=self.folder.meta["window"] | {"ended_at": self._now()})
         if self.beginning is not None and self.beginning is not gevent.getcurrent():
             self.beginning.kill()  # a warm-up that goes on would begin a window after the end
+
+    def _why_stopped(self) -> str:
+        """Before there is a run folder."""
+        if isinstance(self.runner, MasterRunner) and not self.runner.worker_count:
+            return "all workers were gone before the run began; look at their output"
+        return "the run was stopped before it began"
 
     def end(self) -> None:
         """End the run. Who comes while another is at it waits: a Ctrl-C in the drain after the time was up."""

@@ -8,6 +8,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from twoclocks.experiment import Experiment, load_experiment
 from twoclocks.frames import HELD_BYTES, Outbox
 from twoclocks.offset import KEPT, Exchange, Offset, estimate, same_clock
 from twoclocks.orders import Order, ordered
+from twoclocks.prompts import Prompt
 from twoclocks.reader import reader_name
 from twoclocks.run_folder import this_clock
 from twoclocks.selfwatch import watch
@@ -59,9 +61,9 @@ class WorkerSide:
         self.full_since: float | None = None
         self.held_s = 0.0  # how long requests were held back, since the master did not take the records
         self.helpers: list[gevent.Greenlet] = []
-        for name in ("run", "window", "pong", "ack"):
-            runner.register_message(f"twoclocks_{name}", getattr(self, f"on_{name}"))
-        runner.register_message("twoclocks_stop", self.on_stop, concurrent=True)
+        for name in ("run", "window", "pong", "ack", "stop"):  # of the two that last others are heard meanwhile
+            is_long = name in ("run", "stop")
+            runner.register_message(f"twoclocks_{name}", getattr(self, f"on_{name}"), concurrent=is_long)
         environment.events.test_stopping.add_listener(lambda **_: self.stopping())
         environment.events.test_stop.add_listener(lambda **_: self.done())
         environment.events.quitting.add_listener(lambda **_: self.leave())
@@ -84,21 +86,37 @@ class WorkerSide:
         self.outbox = Outbox(order.run)
         self.exchanges.clear()
         self.shares_clock = order.clock == this_clock()
+        StreamingUser.has_sender.clear()
+        # in a thread, since Locust's master gives a worker up that says nothing for 3 s
+        read = gevent.get_hub().threadpool.apply(self._read, (order,))
+        if self.order is not order:
+            return  # another run began meanwhile
         try:
-            experiment = ordered(order, self._own_experiment)
-            self.sender = self._sender(order, experiment)
+            if isinstance(read, TwoclocksError):
+                raise read
+            self.sender = self._sender(order, *read)
             StreamingUser.send_for(self.sender)
         except TwoclocksError as error:
             self.refusal = str(error)
             sys.stderr.write(f"twoclocks: this worker cannot take part: {error}\n")
         self.helpers = [gevent.spawn(self._ask_for_ever)]
 
+    def _read(self, order: Order) -> tuple[Experiment, list[Prompt], Callable[[str], int] | None] | TwoclocksError:
+        """What takes time for large files. An error is returned: gevent would print one that a thread raises."""
+        try:
+            experiment = ordered(order, self._own_experiment)
+            prompts = in_window(load_workload(experiment), experiment.load)
+            return experiment, prompts, token_counter(experiment.target.tokenizer)
+        except TwoclocksError as error:
+            return error
+
     def _own_experiment(self) -> Experiment:
         own = self.own
         return load_experiment(Path(own.experiment), own.overrides, target=own.target, variant=own.variant)
 
-    def _sender(self, order: Order, experiment: Experiment) -> Sender:
-        prompts = in_window(load_workload(experiment), experiment.load)
+    def _sender(
+        self, order: Order, experiment: Experiment, prompts: list[Prompt], counter: Callable[[str], int] | None
+    ) -> Sender:
         share, shares = order.share, order.shares
         deal = dealt(experiment.load, prompts, share, shares)
         if order.late and (is_open(experiment.load) or deal["left"] is not None):
@@ -110,7 +128,7 @@ class WorkerSide:
             worker=share,
             plans=plans(experiment, prompts, order.model, share=share, shares=shares, salt=order.salt),
             sink=self._keep,
-            count_tokens=token_counter(experiment.target.tokenizer),
+            count_tokens=counter,
             numbers=itertools.count(share * USERS_OF_LATE) if order.late else itertools.count(share, shares),
             on_exhausted=self._exhausted,
             **deal,
