@@ -174,7 +174,7 @@ def _quoted(line: bytes) -> str:
 
 
 def _begun(line: bytes) -> str:
-    """As much as the native reader keeps of a line. A message ends with it: there a key that was cut is known as one."""
+    """As much as the native reader keeps of a line. A message ends with it, where a cut key is known as one."""
     return repr(line[:40])[2:-1]
 
 
