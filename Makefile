@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml requirements.lock setup.py twoclocks/_native.c
 	@$(PYTHON) -m venv .venv || { echo "no virtual environment could be made; on Debian: apt-get install python3-venv"; exit 2; }
 	@$(PIP) --require-hashes --only-binary :all: --requirement requirements.lock \
 	  && $(PIP) --no-deps --no-build-isolation --editable . \
-	  || { echo "the tester could not be installed (see above); is there a network and 1 GB of disk?"; exit 2; }
+	  || { echo "the tester could not be installed (see above); is there a network, 1 GB of disk, and a wheel of each package for this system? (some have none for Alpine)"; exit 2; }
 	@touch $@
 
 # In two processes: most of the time goes into waiting for servers and browsers.

@@ -5,6 +5,7 @@ import gzip
 import itertools
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -63,6 +64,31 @@ def test_of_an_answer_without_end_no_more_is_taken_than_counts():
     assert server.asked[0].headers["accept-encoding"] == "identity"
 
 
+@pytest.mark.parametrize(
+    ("begun", "error"),
+    [(b"HTTP/1.1 200 OK\r\nX: ", httpx.ReadTimeout), (b"HTTP/1.1 200 OK\r\n\r\n", ValueError)],
+    ids=["head", "body"],
+)
+def test_an_answer_that_comes_a_byte_at_a_time_is_given_up(begun, error):
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening, httpx.Client(timeout=60, trust_env=False) as asking:
+
+        def dribble():
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(ConnectionError):
+                connection.sendall(begun)
+                while True:  # until it is shut at the other end
+                    connection.sendall(b"x")
+                    time.sleep(0.02)
+            ended.set()
+
+        threading.Thread(target=dribble, daemon=True).start()
+        with pytest.raises(error, match=r"not whole after 0\.5 s"):
+            fetch(asking, f"http://127.0.0.1:{listening.getsockname()[1]}/", max_bytes=1_000_000, seconds=0.5)
+
+    assert ended.wait(60)
+
+
 def test_what_is_packed_is_not_unpacked():
     server = Endless(**{"content-encoding": "br"})
     with server.client() as asking, pytest.raises(ValueError, match="compressed"):
@@ -97,7 +123,7 @@ def test_of_a_long_message_a_part_is_looked_at(monkeypatch):
     exchange.response.status = 400
     told = client._failure(exchange, read_stream(Body(b"", [], [])), streams=True)
 
-    assert (told.kind, told.message) == ("http_400", words)
+    assert (told.kind, told.message) == ("http_400", words.strip())
     assert seen == [client.MESSAGE_CHARS]
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import socket
 import threading
 import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -92,6 +93,31 @@ def test_a_known_vulnerability_fails_the_audit(osv, tmp_path, capsys):
     (tmp_path / "list.txt").write_text("good==1.0\nbad==1.1\n")
     assert audit.main([str(tmp_path / "list.txt")]) == 0
     assert capsys.readouterr().out == "audit: 2 pins, 0 of them with known vulnerabilities\n"
+
+
+def test_what_is_known_of_the_servers_of_the_demo_is_told_and_fails_nothing(osv, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(audit, "SERVERS", tmp_path)
+    (tmp_path / "vllm.txt").write_text("bad==1.0\n")
+
+    assert audit.main([str(tmp_path / "vllm.txt")]) == 0
+    assert "audit: bad 1.0 (vllm.txt): GHSA-x, PYSEC-1" in capsys.readouterr().out
+
+
+def test_an_answer_that_is_no_http_is_none(tmp_path, capsys, monkeypatch):
+    (tmp_path / "list.txt").write_text("good==1.0\n")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"SSH-2.0\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        monkeypatch.setattr(audit, "OSV", f"http://127.0.0.1:{listening.getsockname()[1]}")
+
+        assert audit.main([str(tmp_path / "list.txt")]) == 0
+    assert "NOT DONE" in capsys.readouterr().out
 
 
 def test_advisories_that_cannot_be_had_are_told_and_fail_nothing(osv, tmp_path, capsys, monkeypatch):

@@ -51,7 +51,7 @@ def server():
 def open_ui(tmp_path_factory, server):
     """The UI on loopback, of an experiment with a key."""
     port = free_port()
-    words = ("-H", server.url, "--web-port", str(port), "--no-report")
+    words = ("-H", server.url, "--web-port", str(port), "--no-report", "--web-host-display-name", "load.example:8443")
     with ui(tmp_path_factory.mktemp("open"), port, *words, OPENAI_API_KEY="sk-0123456789") as url:
         yield url
 
@@ -72,6 +72,9 @@ def closed_ui(tmp_path_factory, server):
         ({}, 200),
         ({"Origin": "http://evil.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Origin": "https://load.example:8443"}, 200),  # of a proxy before it, which sends its own name for Host
+        ({"Origin": "https://load.example"}, 403),  # another port there, another site
         ({"Host": "evil.example"}, 403),  # a stranger's name that leads to this machine
         ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),
         ({"Host": "localhost:8089"}, 200),

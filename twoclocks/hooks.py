@@ -174,8 +174,9 @@ def _close_to_others(web_ui: Any, options: Any, settings: Experiment, agreed: Ag
             raise ExperimentError(f"{host}: the key and the headers are for {url} alone; start with -H {host} instead")
         agree(host, agreed, yes=options.yes, interactive=True, say=log.warning)
 
-    names = {host, urlsplit(f"//{(options.web_host_display_name or '').rpartition('//')[2]}").hostname or ""}
-    guard(web_ui, options.web_base_path, password, names, may_send, set(ui_extra_args_dict()))
+    display = urlsplit(f"//{(options.web_host_display_name or '').rpartition('//')[2]}")
+    names = {host, display.hostname or ""}
+    guard(web_ui, options.web_base_path, password, names, display.netloc, may_send, set(ui_extra_args_dict()))
 
 
 def _warnings(settings: Experiment, options: Any, is_master: bool) -> list[str]:

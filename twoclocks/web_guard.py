@@ -79,13 +79,15 @@ def guard(
     base_path: str | None,
     password: str | None,
     names: set[str],
+    display: str,
     may_send: Callable[[str], None],
     more: set[str],
 ) -> None:
     """Close the UI to others. To be called before it starts.
 
-    ``names``: hosts by which it is called, beside addresses and names of local networks. ``may_send`` raises
-    ExperimentError for a host of the form that load must not go to. ``more``: options that stand in its form, too.
+    ``names``: hosts by which it is called, beside addresses and names of local networks; ``display``: the host by which
+    a browser calls it, with a port where there is one. ``may_send`` raises ExperimentError for a host of the form that
+    load must not go to. ``more``: options that stand in its form, too.
     """
     app = web_ui.app
     app.config["MAX_CONTENT_LENGTH"] = MAX_FORM_BYTES
@@ -93,8 +95,8 @@ def guard(
     @app.before_request
     def refuse_others() -> Response | None:
         origin = request.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != request.host:
-            abort(403, "asked for by a page of another site")
+        if origin is not None and _netloc(origin) not in {request.host, display or request.host}:
+            abort(403, "asked for by a page of another site; behind a proxy, give --web-host-display-name its name")
         # a name that a stranger owns may lead here, and its pages would count as this one's own
         if password is None and not _is_ours(request.host, names):
             abort(403, "called by a name that is not known; use 127.0.0.1, or give it with --web-host-display-name")
@@ -113,6 +115,13 @@ def guard(
 
     if password is not None:
         _ask_for_password(web_ui, base_path or "", password)
+
+
+def _netloc(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _is_ours(host: str, names: set[str]) -> bool:
