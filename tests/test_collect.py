@@ -18,6 +18,7 @@ from twoclocks.collect import Collectors, Job
 from twoclocks.collector import Lines, Scraper
 from twoclocks.errors import TargetError
 from twoclocks.experiment import Target
+from twoclocks.fetch import open_client
 from twoclocks.target import metrics_urls, resolve
 
 
@@ -51,7 +52,7 @@ def scrapes(pages, tmp_path):
     pages = iter(pages)
     with FakeServer() as server, httpx.Client(timeout=0.3) as client:
         server.metrics = lambda: next(pages)
-        scraper = Scraper(f"{server.url}/metrics", job(tmp_path), client, Lines(out))
+        scraper = Scraper(f"{server.url}/metrics", job(tmp_path), lambda _: client, Lines(out))
         errors = [scraper.scrape() for _ in range(3)]
     return [json.loads(line) for line in out.getvalue().splitlines()], errors
 
@@ -67,12 +68,20 @@ def test_only_what_changed_is_written_again(tmp_path):
     assert (lines[0]["types"], lines[2]["gone"]) == ({"a": "gauge", "b": "gauge"}, [["b", {"engine": "0"}]])
 
 
+def test_a_proxy_that_cannot_be_used_is_a_fault_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    scraper = Scraper("https://server.invalid/metrics", job(tmp_path), open_client, Lines(io.BytesIO()))
+
+    assert "only http:// proxies can be used" in scraper.scrape()
+
+
 def test_a_key_is_hidden_in_labels_and_names_stay(tmp_path):
     out, text = io.BytesIO(), b'# TYPE a_running gauge\na_running{x="is running"} 1\n'
     with FakeServer() as server, httpx.Client() as client:
         server.metrics = lambda: response(200, text, "text/plain")
         told = msgspec.structs.replace(job(tmp_path), secrets=["a_running", "running"])
-        Scraper(f"{server.url}/metrics", told, client, Lines(out)).scrape()
+        Scraper(f"{server.url}/metrics", told, lambda _: client, Lines(out)).scrape()
     line = json.loads(out.getvalue())
 
     assert line["samples"] == [["a_running", {"x": "is ***"}, 1.0]]
@@ -104,7 +113,7 @@ def test_a_page_that_makes_new_series_for_ever_is_read_no_further(tmp_path, monk
 @pytest.mark.parametrize("url", ["http://127.0.0.1:x/", "http://a\u200b/metrics", "/metrics"])
 def test_an_address_that_is_none_is_told(tmp_path, url):
     with httpx.Client(timeout=0.3) as client:
-        assert Scraper(url, job(tmp_path), client, Lines(io.BytesIO())).scrape()
+        assert Scraper(url, job(tmp_path), lambda _: client, Lines(io.BytesIO())).scrape()
 
 
 def test_the_child_scrapes_until_the_server_is_idle(tmp_path):

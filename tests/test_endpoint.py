@@ -130,14 +130,31 @@ def test_ipv6():
 
 
 def test_a_proxy_is_asked_for_the_whole_address(no_proxies, monkeypatch):
+    asked = []
     with FakeServer() as proxy:
         monkeypatch.setenv("http_proxy", proxy.url.replace("http://", "http://me:p%40ss@"))
         first, _ = ask(Target(url="http://server.invalid:8000"))
         headers, _ = proxy.requests[0]
+        proxy.on_get = asked.append
+        assert resolve(Target(url="http://server.invalid:8000", model="m")) == ("m", None)
 
     assert first.status == "ok"
     assert headers["host"] == "server.invalid:8000"
     assert headers["proxy-authorization"] == "Basic bWU6cEBzcw=="  # me:p@ss
+    assert [one["host"] for one in asked] == ["server.invalid:8000"]  # what is no load goes the same way
+    assert {one["proxy-authorization"] for one in asked} == {headers["proxy-authorization"]}
+
+
+def test_a_proxy_that_load_does_not_use_is_none_of_the_control_planes(no_proxies, monkeypatch, tmp_path):
+    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:9")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password planted-0001")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    asked = []
+    with FakeServer() as server:
+        server.on_get = asked.append
+        resolve(Target(url=server.url))
+
+    assert not any("authorization" in one for one in asked)
 
 
 def test_which_addresses_go_through_a_proxy(no_proxies, monkeypatch):

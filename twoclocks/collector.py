@@ -25,7 +25,7 @@ import msgspec
 
 from twoclocks.collect import SETTLE_S, Answer, Job, tail_limit
 from twoclocks.endpoint import tls_context
-from twoclocks.fetch import fetch_page
+from twoclocks.fetch import fetch_page, open_client
 from twoclocks.gpu import open_gpu
 from twoclocks.hosts import origin_of
 from twoclocks.log_tail import open_tail
@@ -68,8 +68,11 @@ class Lines:
 class Scraper:
     """Scrapes one page again and again; writes only what changed, the whole page the first time."""
 
-    def __init__(self, url: str, job: Job, client: httpx.Client, out: Lines, stage: str | None = None) -> None:
-        self.url, self.job, self.client, self.out = url, job, client, out
+    def __init__(
+        self, url: str, job: Job, opened: Callable[[str], httpx.Client], out: Lines, stage: str | None = None
+    ) -> None:
+        self.url, self.job, self.opened, self.out = url, job, opened, out
+        self.client: httpx.Client | None = None
         self.named: dict[str, Any] = {"url": url} | ({"stage": stage} if stage is not None else {})
         self.page = PageReader()
         self.series: Series | None = None
@@ -116,6 +119,7 @@ class Scraper:
 
     def _text(self) -> str:
         headers = self.job.headers if origin_of(self.url) == origin_of(self.job.target_url) else {}
+        self.client = self.client or self.opened(self.url)  # a proxy that cannot be used is told as a page's fault
         return fetch_page(self.client, self.url, max_bytes=MAX_PAGE_BYTES, seconds=PAGE_S, headers=headers)
 
 
@@ -159,12 +163,14 @@ class Collecting:
     def __init__(self, job: Job) -> None:
         folder = Path(job.run_folder)
         self.job = job
-        client = httpx.Client(
-            verify=tls_context(job.tls_verify, job.tls_cert), timeout=min(PAGE_S, max(2.0, job.interval_s))
-        )
+        tls, wait_s = tls_context(job.tls_verify, job.tls_cert), min(PAGE_S, max(2.0, job.interval_s))
+
+        def opened(url: str) -> httpx.Client:
+            return open_client(url, verify=tls, timeout=wait_s)
+
         self.files = [samples := Lines((folder / "server_samples.jsonl").open("ab", buffering=0))]
         pages: list[tuple[str | None, str]] = [(None, url) for url in job.metrics_urls]
-        self.scrapers = [Scraper(url, job, client, samples, stage) for stage, url in [*pages, *job.stage_urls]]
+        self.scrapers = [Scraper(url, job, opened, samples, stage) for stage, url in [*pages, *job.stage_urls]]
         self.pages = [Background(scraper.scrape) for scraper in self.scrapers]
         self.tail = open_tail(job.log, folder / "server.log", job.secrets)
         sampler, no_gpu = open_gpu(job.gpu)

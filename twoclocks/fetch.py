@@ -8,7 +8,9 @@ from typing import Any
 
 import httpx
 
+from twoclocks.hosts import shown
 from twoclocks.http1 import QUOTED
+from twoclocks.proxy import find_proxy
 
 PLAIN = {"Accept-Encoding": "identity"}
 """What is packed could be a thousand times as large as what is counted."""
@@ -46,6 +48,16 @@ class _Deadline:
 
 class Moved(httpx.HTTPError):
     """The server names another address, which is not asked: load and key go where the experiment says."""
+
+
+def open_client(url: str, **options: Any) -> httpx.Client:
+    """A client for the address's host that goes the way that load goes: through the proxy that find_proxy names, and
+    by nothing else of the environment (ALL_PROXY, a .netrc). Raises ValueError as find_proxy.
+    """
+    proxy = find_proxy(url)
+    headers = {"Proxy-Authorization": proxy.authorization} if proxy and proxy.authorization else None
+    through = httpx.Proxy(f"http://{shown(proxy.host)}:{proxy.port}", headers=headers) if proxy else None
+    return httpx.Client(trust_env=False, proxy=through, **options)
 
 
 def fetch(

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import httpx
 
-from twoclocks.fetch import fetch_page
+from twoclocks.fetch import fetch_page, open_client
 from twoclocks.page import parse_page
 
 Row = dict[str, Any]
@@ -115,21 +115,24 @@ class _Dcgm:
 
     def __init__(self, urls: Sequence[str]) -> None:
         self.urls = urls
-        self.client = httpx.Client(timeout=PAGE_S)
+        self.clients: dict[str, httpx.Client] = {}
 
     def sample(self, at: float) -> list[Row]:
         rows: list[Row] = []
         for url in self.urls:
             stamp = {"at": at, "source": "dcgm", "host": _host(url)}
             try:
-                page = fetch_page(self.client, url, max_bytes=MAX_PAGE_BYTES, seconds=PAGE_S)
+                if url not in self.clients:
+                    self.clients[url] = open_client(url, timeout=PAGE_S)
+                page = fetch_page(self.clients[url], url, max_bytes=MAX_PAGE_BYTES, seconds=PAGE_S)
                 rows += [stamp | row for row in dcgm_rows(page)]
             except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
                 rows.append(stamp | {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
         return rows
 
     def close(self) -> None:
-        self.client.close()
+        for client in self.clients.values():
+            client.close()
 
 
 _FIELDS: dict[str, tuple[str, float]] = {

@@ -4,9 +4,9 @@ import httpx
 import msgspec
 
 from twoclocks.endpoint import request_headers, secrets_of, tls_context
-from twoclocks.errors import TargetError, plain
+from twoclocks.errors import ExperimentError, TargetError, plain
 from twoclocks.experiment import Target
-from twoclocks.fetch import Moved, fetch
+from twoclocks.fetch import Moved, fetch, open_client
 from twoclocks.masks import redact
 
 MAX_ANSWER_BYTES = 1024 * 1024
@@ -75,7 +75,12 @@ def _first_model(client: httpx.Client, target: Target) -> str:
 def control_client(target: Target, timeout_s: float = ANSWER_S) -> httpx.Client:
     """Asks a target what is not load. Nothing that it answers makes this client ask anybody else."""
     verify = tls_context(target.tls_verify, target.tls_cert)
-    return httpx.Client(base_url=base_url(target), headers=request_headers(target), verify=verify, timeout=timeout_s)
+    try:
+        return open_client(
+            target.url, base_url=base_url(target), headers=request_headers(target), verify=verify, timeout=timeout_s
+        )
+    except ValueError as error:
+        raise ExperimentError(f"target: {error}") from None
 
 
 def _reason(error: Exception, target: Target) -> str:
