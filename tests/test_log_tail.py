@@ -82,6 +82,15 @@ def test_a_key_that_the_server_logs_is_not_copied(log):
     assert log.text() == "args: ***, then ***, sk-second, ***\nend s"
 
 
+def test_a_secret_that_is_a_word_is_hidden_where_it_stands_alone(log):
+    tail = FileTail(log.path, log.copied, ["benchmark"])
+    log.append("benchmark benchmarks num_benchmark\n")
+    tail.copy()
+    tail.close()
+
+    assert log.text() == "*** benchmarks num_benchmark\n"
+
+
 def test_a_key_in_a_commands_last_words_is_not_told(tmp_path):
     tail = CommandTail(python('print("no such key: sk-secret-1")'), tmp_path / "copy.log", ["sk-secret-1"])
     until(lambda: tail.failure, "the end of the command")
