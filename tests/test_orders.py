@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from twoclocks import __version__
+from twoclocks.endpoint import request_headers
 from twoclocks.errors import ExperimentError
 from twoclocks.experiment import Collect, Experiment, MixPart, Target, Workload
 from twoclocks.locust_options import take_ours
@@ -57,10 +58,34 @@ def test_nothing_secret_travels_and_the_worker_takes_it_from_its_own(requests, m
 
 
 def test_what_the_master_changed_holds_beside_the_workers_secrets(requests):
-    made = experiment(requests, **SECRETS, url="http://10.0.0.1:8000")
+    made = experiment(requests, **SECRETS, url="http://127.0.0.1:8000/gateway", stream=False)
     own = experiment(requests, **SECRETS)
 
     assert ordered(order(made), lambda: own).target == made.target
+
+
+@pytest.mark.parametrize("secret", [SECRETS, {"api_key_env": "A_KEY"}, {"api_key_file": "key.txt"}])
+def test_no_secret_goes_where_the_workers_own_experiment_does_not_say(requests, monkeypatch, tmp_path, secret):
+    (tmp_path / "key.txt").write_text("secret-5")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("A_KEY", "secret-4")
+    made = experiment(requests, **secret, url="http://10.0.0.1:8000")
+    with pytest.raises(ExperimentError, match="its key and headers are for http://") as raised:
+        ordered(order(made, has_key=False), lambda: experiment(requests, **secret))
+
+    assert "secret-" not in str(raised.value)
+    assert ordered(order(made), lambda: made).target == made.target
+
+
+def test_an_order_names_no_variable_and_no_file(requests, monkeypatch, tmp_path):
+    """Whose value would go out: the worker's own experiment names them."""
+    monkeypatch.setenv("AWS_SECRET", "secret-6")
+    (tmp_path / "id_rsa").write_text("secret-7")
+    for named in ({"api_key_env": "AWS_SECRET"}, {"api_key_file": str(tmp_path / "id_rsa")}):
+        made = experiment(requests, **named)
+        received = ordered(order(made, has_key=False), lambda: experiment(requests))
+
+        assert request_headers(received.target) == {}
 
 
 def test_a_worker_needs_no_experiment_where_nothing_is_secret(requests):

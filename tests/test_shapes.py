@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from twoclocks.experiment import Load
-from twoclocks.shapes import arrival_times, count_of, length_s, share_of
+from twoclocks.shapes import arrival_times, count_of, due_within, length_s, share_of
 
 
 def times(**keys) -> np.ndarray:
@@ -108,3 +108,10 @@ def test_a_window_of_a_trace_slower_and_cut():
 def test_the_length_of_steps_is_the_sum_of_their_holds():
     assert length_s(Load(shape="steps", steps=[(2, 10), (4, 5)], duration_s=60)) == 15
     assert length_s(Load(duration_s=60)) == 60
+
+
+@pytest.mark.parametrize(("requests", "expected"), [("none", [15, 15]), (40, [15, 15]), (21, [11, 10])])
+def test_no_more_is_due_than_was_dealt(requests, expected):
+    load = Load(shape="rate", rate=10, arrivals="constant", duration_s=60, requests=requests)
+
+    assert [due_within(load, [], 3.0, share, 2) for share in range(2)] == expected

@@ -42,6 +42,13 @@ def order(made, late=False, shares=1, run="r"):
                   digest=digest(made), model="m", salt="s", share=0, shares=shares, late=late)
     return SimpleNamespace(data=msgspec.structs.asdict(given))
 
+def begun(given):
+    one = side_of_worker()
+    one.on_run(given)
+    one.on_pong(message(sent_ns=worker.time.monotonic_ns(), told_ns=worker.time.monotonic_ns()))
+    one.on_window(message(zero_ns=5, window_ns=7))
+    return one
+
 def fleet_of(*names, keep=kept.append, **load):
     clients = [SimpleNamespace(id=name, state="ready") for name in names]
     runner = SimpleNamespace(
@@ -179,3 +186,106 @@ told["after"] = one.peers["a"].inbox.number, len(kept), one.peers["a"].done is n
 """)
 
     assert told == {"before": 0, "after": [1, 1, True]}
+
+
+def test_a_worker_stays_while_it_has_what_the_master_has_not(side):
+    """Longer than Locust would, but not for ever; without further requests."""
+    told = side("""
+idle = side_of_worker()
+told["idle"] = idle._stay(), idle.runner.last_heartbeat_timestamp
+one = begun(order(experiment(drain_s=30)))
+gevent.killall(one.helpers)
+def stays(quiet_s):
+    one.runner.last_heartbeat_timestamp = 1.0
+    one.heard = worker.time.monotonic() - quiet_s
+    one._stay()
+    return one.runner.last_heartbeat_timestamp > 1.0, one.sender.may_send.is_set()
+told["empty"] = stays(50)
+one._keep(b"x\\n")
+told["full"] = stays(50), stays(70), stays(620), stays(640)
+one.on_ack(message(number=0))
+told["heard"] = one.sender.may_send.is_set(), one.held_s > 0
+one.outbox.acknowledge(9, 0.0)
+one.sender.over.set()
+told["drains"] = one.outbox.is_empty, stays(70)
+one.is_done = True
+told["done"] = stays(70)
+""")
+
+    assert told["idle"] == [None, 1.0]
+    assert told["empty"] == [False, True]
+    assert told["full"] == [[True, True], [True, False], [True, False], [False, False]]
+    assert told["heard"] == [True, True]
+    assert told["drains"] == [True, [True, True]]
+    assert told["done"] == [False, True]
+
+
+def test_a_worker_with_nothing_to_send_says_so(side):
+    """An empty share of load.requests, and an open loop that was dealt before it came."""
+    told = side("""
+for name, load, late in (("empty", {"requests": 1}, False), ("late", {"shape": "rate", "rate": 1.0}, True),
+                         ("some", {"requests": 2}, False)):
+    given = order(experiment(**load), late=late)
+    given.data |= {"share": 1, "shares": 2}
+    one = begun(given)
+    told[name] = one.outbox._said
+""")
+
+    assert told == {"empty": {"exhausted": True}, "late": {"exhausted": True}, "some": {}}
+
+
+def test_all_is_sent_only_if_those_who_are_gone_had_sent_theirs(side):
+    told = side("""
+def run(silent_said):
+    one = fleet_of("a", "b", requests=10)
+    for name in ("a", "b"):
+        ping(one, name)
+    one.open_window(0, 0)
+    if silent_said:
+        frame(one, "b", said={"exhausted": True})
+    one.peers["b"].silences.append((0.0, None))
+    ended.clear()
+    frame(one, "a", said={"exhausted": True})
+    with gevent.Timeout(20):
+        while not ended:
+            gevent.sleep(0.05)
+    one.watching.kill()
+    return list(ended)
+told["sent"], told["unsent"] = run(True), run(False)
+told["notes"] = notes
+""")
+
+    assert told["sent"] == ["exhausted"]
+    assert told["unsent"] == ["alone"]
+    assert told["notes"] == ["only workers that are gone had more to send; the run ends"]
+
+
+def test_who_comes_when_a_number_of_requests_is_dealt_is_sent_away(side):
+    told = side("""
+one = fleet_of("a", requests=10)
+sent.clear()
+one.welcome("late")
+told["late"] = sent, list(one.peers), notes
+""")
+
+    message = "a worker (late) came late and was sent away: load.requests had been dealt to others"
+    assert told["late"] == [[["quit", "late"]], ["a"], [message]]
+
+
+def test_a_later_turn_waits_as_a_first_one_does(side):
+    told = side("""
+one = begun(order(experiment()))
+plan = one.sender.take()
+one._hold("test")
+told["held"] = one.sender.may_send.is_set()
+waits, killed = gevent.spawn(one.sender.take_turn, plan), gevent.spawn(one.sender.take_turn, plan)
+gevent.sleep(0.01)
+told["waits"] = not waits.ready()
+killed.kill()
+one.stopping()
+told["taken"] = waits.get(timeout=20), one.sender.turns_not_sent
+one._hold("test")
+told["after"] = one.sender.may_send.is_set()
+""")
+
+    assert told == {"held": False, "waits": True, "taken": [False, {"stopped": 2}], "after": True}

@@ -371,4 +371,5 @@ def test_what_a_worker_did_to_the_run_is_told(tmp_path, changes, name, figure, t
 
 def test_workers_that_did_as_they_should_make_no_reason(tmp_path):
     late = worker(late=True, joined_at=-1.0)  # while the run began
-    assert reasons(tmp_path, plain(), fleet=[worker(), late], missing_workers=0) == ("VALID", {})
+    outside = worker(silences=[[-6.0, 0.0], [10.0, 15.0]])  # in the warm-up and in the drain
+    assert reasons(tmp_path, plain(), fleet=[worker(), late, outside], missing_workers=0) == ("VALID", {})

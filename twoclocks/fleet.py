@@ -155,8 +155,13 @@ class Fleet:
     def welcome(self, client_id: str) -> None:
         """A worker that listens from now on. Who comes once the shares are dealt has one beside them."""
         if (peer := self.peers.get(client_id)) is None:
+            if self.experiment.load.requests != "none":
+                self.note(f"a worker ({client_id}) came late and was sent away: load.requests had been dealt to others")
+                self.runner.send_message("quit", None, client_id)
+                return
             number = next(self.numbers)
             peer = Peer(client_id, number, number + 1, late=True)
+            peer.is_exhausted = is_open(self.experiment.load)  # nothing was dealt to it
         self._order(peer)
 
     def _order(self, peer: Peer) -> None:
@@ -268,14 +273,21 @@ class Fleet:
                     )
             if self.window is not None and not self.is_ending:
                 self._look_for_the_end()
-                if all(peer.is_silent or peer.done is not None for peer in self._taking_part()):
-                    self.note("no worker is left; the run ends")
+                peers = self._taking_part()
+                gone = [peer for peer in peers if peer.is_silent or peer.done is not None]
+                unsent = any(not peer.is_exhausted for peer in gone)
+                if unsent and all(peer in gone or peer.is_exhausted for peer in peers):
+                    left = (
+                        "no worker is left"
+                        if len(gone) == len(peers)
+                        else "only workers that are gone had more to send"
+                    )
+                    self.note(f"{left}; the run ends")
                     self.on_alone()
                     return
 
     def _look_for_the_end(self) -> None:
-        there = [peer for peer in self.peers.values() if not peer.is_silent and peer.done is None]
-        if there and all(peer.is_exhausted for peer in there):
+        if all(peer.is_exhausted for peer in self._taking_part()):
             self.on_exhausted()
 
     # end

@@ -60,9 +60,18 @@ def left_early(rows: Sequence[dict[str, Any]], ended_at: float) -> list[dict[str
     return [row for row in rows if row["done_at"] is not None and row["done_at"] < ended_at - SAME_END_S]
 
 
-def was_silent(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], float]]:
-    """Who was silent and came back, and how long in all, seconds."""
-    told = [(row, sum(until - since for since, until in row["silences"] if until is not None)) for row in rows]
+def was_silent(rows: Sequence[dict[str, Any]], window: tuple[float, float]) -> list[tuple[dict[str, Any], float]]:
+    """Who was silent in the window and came back, and how long of it in all, seconds."""
+    began, ended = window
+    told = [
+        (
+            row,
+            sum(
+                max(0.0, min(until, ended) - max(since, began)) for since, until in row["silences"] if until is not None
+            ),
+        )
+        for row in rows
+    ]
     return [(row, seconds) for row, seconds in told if seconds]
 
 

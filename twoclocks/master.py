@@ -492,7 +492,10 @@ class MasterSide:
         if fleet is not None:
             window = folder.meta["window"]
             trace = [prompt.at for prompt in self.prompts]
-            self._tell(fleet=list(fleet.told(self.zero_ns, (window["started_at"], window["ended_at"]), trace)))
+            self._tell(
+                workers=len(fleet.peers),
+                fleet=list(fleet.told(self.zero_ns, (window["started_at"], window["ended_at"]), trace)),
+            )
         missing = len(fleet.missing) if fleet is not None else 0
         done = [(peer.done, peer.sent) for peer in fleet.peers.values() if peer.done] if fleet is not None else []
         unsent: list[Done | Sender] = [*(told for told, _ in done), *([self.sender] if self.sender is not None else [])]

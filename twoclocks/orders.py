@@ -14,8 +14,10 @@ from typing import Any
 import msgspec
 
 from twoclocks import __version__
+from twoclocks.endpoint import request_headers, secrets_of
 from twoclocks.errors import ExperimentError
 from twoclocks.experiment import Collect, Experiment, Export
+from twoclocks.hosts import origin_of
 from twoclocks.masks import HIDDEN, masked
 
 
@@ -68,9 +70,9 @@ def ordered(order: Order, own: Callable[[], Experiment]) -> Experiment:
     if order.version != __version__:
         raise ExperimentError(f"it has twoclocks {__version__}, the master {order.version}; install the same on both")
     tree = order.experiment
-    if _is_masked(tree):
-        tree = _filled(tree, msgspec.to_builtins(own()), "")
     experiment = msgspec.convert(tree, Experiment)
+    if _is_masked(tree) or order.has_key or has_key(experiment) or experiment.target.api_key_file is not None:
+        experiment = _with_secrets(tree, own())
     if order.has_key and not has_key(experiment):
         raise ExperimentError(
             f"{experiment.target.api_key_env} is not set in its environment, as it is in the master's; set it there, "
@@ -83,6 +85,22 @@ def ordered(order: Order, own: Callable[[], Experiment]) -> Experiment:
             "copy the master's to the same place there"
         )
     return experiment
+
+
+def _with_secrets(tree: dict[str, Any], own: Experiment) -> Experiment:
+    """The order's experiment with what is secret of the worker's own, which goes where its own says and nowhere else.
+
+    Whoever reaches the worker's master port could be its master, and is not asked who he is.
+    """
+    experiment = msgspec.convert(_filled(tree, msgspec.to_builtins(own), ""), Experiment)
+    keys = {"api_key_env": own.target.api_key_env, "api_key_file": own.target.api_key_file}
+    target = msgspec.structs.replace(experiment.target, **keys)
+    if (request_headers(target) or secrets_of(target)) and origin_of(target.url) != origin_of(own.target.url):
+        raise ExperimentError(
+            f"{target.url}: its key and headers are for {own.target.url} alone; start the worker with the same "
+            "--experiment, --set and -H as the master"
+        )
+    return msgspec.structs.replace(experiment, target=target)
 
 
 def _is_masked(tree: Any) -> bool:

@@ -70,7 +70,9 @@ def due_within(load: Load, trace: Sequence[float | None], seconds: float, share:
     """How many requests of a share the clock makes due so far into the window; None where it makes none due."""
     if load.shape not in ("rate", "trace"):
         return None
-    return sum(1 for _ in _before(share_of(arrival_times(load, trace), share, shares), seconds))
+    times = _before(share_of(arrival_times(load, trace), share, shares), seconds)
+    most = None if load.requests == "none" else count_of(load.requests, share, shares)
+    return sum(1 for _ in itertools.islice(times, most))
 
 
 def in_window(prompts: list[Prompt], load: Load) -> list[Prompt]:

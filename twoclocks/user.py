@@ -103,6 +103,11 @@ class Sender(msgspec.Struct):
 
     def take_turn(self, plan: Plan, max_in_flight: float = math.inf) -> bool:
         """As `take`, for a turn that is due now; False: it may not be sent, and it and those after it are counted."""
+        try:
+            self.may_send.wait()
+        except GreenletExit:  # Locust ends this user meanwhile
+            self.give_up(1 + plan.later, "stopped")
+            raise
         if self.over.is_set() or (self.left is not None and self.left <= 0):
             self.give_up(1 + plan.later, "stopped")
             return False

@@ -192,7 +192,7 @@ def _missing_workers(run: Run) -> Reason | None:
 
 def _stalled_workers(run: Run) -> Reason | None:
     """A worker that stands still sends nothing, while Locust gives its users to others: the load was another one."""
-    silent = fleet_summary.was_silent(_fleet(run))
+    silent = fleet_summary.was_silent(_fleet(run), run.window)
     if not silent:
         return None
     row, seconds = max(silent, key=lambda one: one[1])

@@ -20,7 +20,7 @@ from locust.exception import RPCError
 
 from twoclocks.endpoint import make_endpoint, token_counter
 from twoclocks.errors import TwoclocksError
-from twoclocks.experiment import Experiment, load_experiment
+from twoclocks.experiment import Experiment, load_experiment, replace
 from twoclocks.frames import HELD_BYTES, Outbox
 from twoclocks.offset import KEPT, Exchange, Offset, estimate, same_clock
 from twoclocks.orders import Order, ordered
@@ -35,6 +35,10 @@ from twoclocks.workload import load_workload, plans
 FLUSH_S = 0.5  # a killed worker loses at most this much of its finished requests
 BURST, BURST_S = 16, 0.025  # exchanges before the first request, and the time between two of them
 ASK_S = 0.5  # between two exchanges from then on
+QUIET_S = 60.0
+"""Locust's worker quits when its master has said nothing for so long. Ours sends no further requests, and stays for as
+long as it has something that the master has not, or streams still end: as long as ..."""
+PATIENCE_S = 600.0  # at most, beyond load.drain_s
 LAST_WORDS_S = 3.0  # for the master's word that it has the last lines, when this process is told to end
 USERS_OF_LATE = 1_000_000  # numbers between the first users of late workers, so that no user's number comes twice
 
@@ -60,10 +64,12 @@ class WorkerSide:
         self.is_ending = self.is_done = False
         self.full_since: float | None = None
         self.held_s = 0.0  # how long requests were held back, since the master did not take the records
+        self.heard = time.monotonic()  # the master, last
         self.helpers: list[gevent.Greenlet] = []
         for name in ("run", "window", "pong", "ack", "stop"):  # of the two that last others are heard meanwhile
             is_long = name in ("run", "stop")
             runner.register_message(f"twoclocks_{name}", getattr(self, f"on_{name}"), concurrent=is_long)
+        environment.events.heartbeat_received.add_listener(lambda **_: self._hear())
         environment.events.test_stopping.add_listener(lambda **_: self.stopping())
         environment.events.test_stop.add_listener(lambda **_: self.done())
         environment.events.quitting.add_listener(lambda **_: self.leave())
@@ -112,14 +118,15 @@ class WorkerSide:
 
     def _own_experiment(self) -> Experiment:
         own = self.own
-        return load_experiment(Path(own.experiment), own.overrides, target=own.target, variant=own.variant)
+        made = load_experiment(Path(own.experiment), own.overrides, target=own.target, variant=own.variant)
+        return replace(made, "target.url", own.host) if own.host else made
 
     def _sender(
         self, order: Order, experiment: Experiment, prompts: list[Prompt], counter: Callable[[str], int] | None
     ) -> Sender:
         share, shares = order.share, order.shares
         deal = dealt(experiment.load, prompts, share, shares)
-        if order.late and (is_open(experiment.load) or deal["left"] is not None):
+        if order.late and is_open(experiment.load):
             deal["arrivals"], deal["left"] = None, 0  # all that is due was dealt before it came
         sender = Sender(
             experiment=experiment,
@@ -144,6 +151,7 @@ class WorkerSide:
         self._set_clock()
         sender = self.sender
         sender.may_send.set()
+        sender.look_for_the_end()  # its share may be empty
         reader, load = reader_name(sender.endpoint), partial(load_now, self.runner, sender)
         write = self.outbox.put_self
         self.helpers.append(gevent.spawn(watch, sender.now, sender.worker, os.getpid(), reader, write, load))
@@ -207,13 +215,15 @@ class WorkerSide:
     def _keep(self, line: bytes) -> None:
         """A finished record. Where the master takes none for long, no further requests may leave."""
         self.outbox.put(line)
-        if self.outbox.held_bytes > HELD_BYTES and self.full_since is None and self.sender is not None:
+        if self.outbox.held_bytes > HELD_BYTES:
+            self._hold(f"the master has not taken {self.outbox.held_bytes // 1_000_000} MB of records")
+
+    def _hold(self, why: str) -> None:
+        """No further requests until the master takes records."""
+        if self.full_since is None and self.sender is not None and not self.sender.over.is_set():
             self.full_since = time.monotonic()
             self.sender.may_send.clear()
-            log.warning(
-                "the master has not taken %d MB of records; requests are held back until it does",
-                self.outbox.held_bytes // 1_000_000,
-            )
+            log.warning("%s; requests are held back until it does", why)
 
     def on_ack(self, msg: Any, **_: Any) -> None:
         """The master has all frames up to a number."""
@@ -230,6 +240,24 @@ class WorkerSide:
         while True:
             gevent.sleep(FLUSH_S)
             self._flush()
+            self._stay()
+
+    def _hear(self) -> None:
+        self.heard = time.monotonic()
+
+    def _stay(self) -> None:
+        """Locust's own patience with a master that says nothing would throw away what is left here.
+
+        While it handles a stop, for as long as the drain lasts, it hears nothing at all.
+        """
+        if self.sender is None or self.window is None:
+            return
+        is_draining = self.sender.over.is_set() and not self.is_done
+        quiet_s = time.monotonic() - self.heard
+        if quiet_s < PATIENCE_S + self.sender.experiment.load.drain_s and (is_draining or not self.outbox.is_empty):
+            self.runner.last_heartbeat_timestamp = time.time()
+        if quiet_s > QUIET_S:
+            self._hold(f"the master has said nothing for {quiet_s:.0f} s and taken no records")
 
     def _flush(self) -> None:
         for frame in self.outbox.due(time.monotonic()):
@@ -260,7 +288,9 @@ class WorkerSide:
 
     def stopping(self) -> None:
         """What is sent from now on is outside the window."""
-        if self.sender is not None:
+        if self.sender is None:  # users still wait for it: there is nothing to drain
+            self.environment.stop_timeout = 0
+        else:
             self.sender.over.set()
             self.sender.may_send.set()  # who waits for it sees that it is over
 
@@ -289,6 +319,8 @@ class WorkerSide:
         if not self.is_ending:
             self.runner.stop()
             self.done()
+        if not len(self.runner.greenlet):  # Locust has ended who listens
+            gevent.spawn(self.runner.worker)
         deadline = time.monotonic() + LAST_WORDS_S
         while not self.outbox.is_empty and time.monotonic() < deadline:
             gevent.sleep(0.02)
