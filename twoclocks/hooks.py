@@ -194,7 +194,7 @@ def _warnings(settings: Experiment, options: Any, is_master: bool) -> list[str]:
     if is_master and is_wide(host):
         told.append(
             f"--master-bind-host: whoever reaches {shown(host)}:{options.master_bind_port} can join as a worker, is "
-            "told the experiment without its secrets, and can end or falsify the run; keep it inside a network of your own"
+            "told the experiment without its secrets, and can end or falsify the run; keep it in a network of your own"
         )
     return told
 
