@@ -101,7 +101,7 @@ def shown(made: Plan) -> str:
         ("network towards the server, acknowledgements, Gbit/s", f"{made.up_gbit_s:,.2f}"),
         ("addresses of the tester, for one address of the server's", f"{made.addresses:,}"),
         ("records to the masters, MB/s", f"{made.records_mb_s:,.1f}"),
-        ("cores that masters use", f"{made.master_cores:,.2f}"),
+        ("cores that masters use, at least", f"{made.master_cores:,.2f}"),
         ("cores that their exporters use", f"{made.exporter_cores:,.2f}"),
         ("masters, each with its exporter", f"{made.masters:,}"),
         ("records on disk, GB/h", f"{made.disk_gb_per_h:,.0f}"),
