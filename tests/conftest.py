@@ -1,6 +1,7 @@
 """Fixtures of several test files; the servers themselves stand in fake_server.py and real_servers.py."""
 
 import functools
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -10,6 +11,11 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 __all__ = ["exporting_vllm", "one_at_a_time", "otlp_port", "real_transformers", "real_vllm"]
+
+# a shell's background job ignores these, and so would all that the tests start and then stop
+for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, default)
 
 # how long an example takes says something of the machine, nothing of the code
 hypothesis.settings.register_profile("patient", deadline=None)
