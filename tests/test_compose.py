@@ -145,6 +145,11 @@ def test_the_tester_is_nobody_and_writes_reports_alone():
         assert SERVICES[name]["user"] == "${TESTER_UID:-1000}:${TESTER_GID:-1000}"
 
 
+@pytest.mark.parametrize("name", ["cpu", "vllm", "tgi", "transformers", "sglang", "tester", "ui"])
+def test_what_docker_keeps_of_a_containers_output_is_bounded(name):
+    assert SERVICES[name]["logging"]["options"] == {"max-size": "64m", "max-file": "2"}
+
+
 def test_gpus_are_reserved_but_for_the_cpu():
     with_gpu = {name for name, settings in SERVICES.items() if "nvidia" in str(settings.get("deploy"))}
 
