@@ -56,8 +56,6 @@ MOST_DRIFT_MS = {"p50": 1.0, "p99": 10.0}
 """How much send lateness may rise from the first stretch to the last: of p50 by the upper end of the interval, of p99
 by its estimate, since the p99 of a stretch tells of whatever disturbed the machine in it, and scatters as that does."""
 
-OPTIONS = ("requests", "rate", "tokens", "ttft_ms", "tpot_ms", "processes")
-"""Of the command line: what the load was."""
 
 Floats = NDArray[np.float64]
 

@@ -29,7 +29,7 @@ def test_a_known_offset_and_drift_are_found_within_the_stated_error(offset_s, dr
     assert found.error_s < 1e-3
     assert abs(found.offset_s - offset_s - drift * 60) <= found.error_s
     assert abs(found.drift - drift) < 2e-5
-    assert abs(found.at_time(1030.0) - offset_s - drift * 30) <= found.error_s
+    assert abs(found.offset_s + found.drift * (1030.0 - found.at) - offset_s - drift * 30) <= found.error_s
 
 
 def test_exchanges_of_a_moment_make_no_drift_up():

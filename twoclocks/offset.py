@@ -50,10 +50,6 @@ class Offset(msgspec.Struct, frozen=True):
     round_trip_s: float  # the least
     exchanges: int
 
-    def at_time(self, at: float) -> float:
-        """The offset at another time of this process's clock."""
-        return self.offset_s + self.drift * (at - self.at)
-
 
 def estimate(exchanges: Sequence[Exchange], now: float) -> Offset:
     """The offset at ``now``: a straight line through at least one exchange, the fast ones weighing most (1/error²).
