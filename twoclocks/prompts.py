@@ -8,6 +8,8 @@ import msgspec
 
 from twoclocks.errors import ExperimentError
 
+DEMO = "requests/demo.jsonl"
+"""The request file of an experiment that names none."""
 OURS = {
     "id", "session", "turn", "at", "expected_output_tokens", "expected_prompt_tokens", "expected_cached_tokens", "made",
     "answer",

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from twoclocks.errors import ExperimentError
-from twoclocks.experiment import Experiment, Workload, mix_name
+from twoclocks.experiment import Experiment, Workload
 from twoclocks.prompts import SALT_LENGTH, Prompt, load_prompts, salt_line
 from twoclocks.sessions import conversations
 
@@ -51,7 +51,7 @@ def load_workload(experiment: Experiment) -> list[Prompt]:
     workload, api = experiment.workload, experiment.target.api
     prompts: list[Prompt] = [] if workload.mix else load_prompts(Path(workload.requests), api)
     for number, part in enumerate(workload.mix):
-        name = mix_name(part)
+        name = part.prefix
         defaults = {} if part.max_tokens is None else {"max_tokens": part.max_tokens}
         prompts += [
             msgspec.structs.replace(
