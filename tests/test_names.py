@@ -9,7 +9,7 @@ import pytest
 from make_run import make_run
 from make_study import cell, make_cell, make_study
 
-from twoclocks import families, plots, report, study_report, terminal
+from twoclocks import families, plots, report, study_report, wording
 from twoclocks.load import load_run
 from twoclocks.summary import summarise
 
@@ -28,14 +28,14 @@ def test_the_terminal_has_a_label_for_each_distribution_and_no_others(summary):
     _, figures = summary
     told = {name for name, figure in figures.items() if "p50" in figure}
 
-    assert told - set(terminal.LABELS) <= {"first_event", "e2e_per_token"}  # kept in summary.json alone
-    assert len(set(terminal.LABELS.values())) == len(terminal.LABELS)
+    assert told - set(wording.LABELS) <= {"first_event", "e2e_per_token"}  # kept in summary.json alone
+    assert len(set(wording.LABELS.values())) == len(wording.LABELS)
 
 
 def test_violins_are_titled_as_the_terminals_rows(summary):
     run, _ = summary
     assert [panel.title for panel in plots.violin_panels([run])] == [
-        terminal.LABELS[name] for name in ("ttft", "tpot", "e2e", "itl")
+        wording.LABELS[name] for name in ("ttft", "tpot", "e2e", "itl")
     ]
 
 
@@ -62,7 +62,7 @@ def test_the_exporter_calls_them_as_summary_json_does(summary):
     _, figures = summary
     open_loop = {"send_lateness"}
     assert set(families.HISTOGRAMS) - {"loop_lag"} - open_loop <= {n for n, f in figures.items() if f["unit"] == "s"}
-    assert open_loop <= set(terminal.LABELS)
+    assert open_loop <= set(wording.LABELS)
     assert {"output_tokens", "prompt_tokens"} <= set(families.COUNTERS) & set(figures)
 
 
@@ -81,5 +81,5 @@ def test_the_dashboard_asks_for_nothing_else():
 def test_the_pages_table_has_the_terminals_labels(summary):
     run, figures = summary
     html = report.build(run.path).html.read_text()
-    for name in set(terminal.LABELS) & set(figures):
-        assert terminal.LABELS[name] in html
+    for name in set(wording.LABELS) & set(figures):
+        assert wording.LABELS[name] in html

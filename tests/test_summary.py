@@ -5,7 +5,7 @@ import pytest
 from make_run import make_run, record, write_folder
 
 import twoclocks
-from twoclocks import report, terminal
+from twoclocks import report, terminal, units, wording
 from twoclocks.summary import summarise
 from twoclocks.vllm_bench import vllm_bench
 
@@ -219,7 +219,7 @@ def test_the_text_shows_milliseconds_and_says_what_it_checked(made):
      (float("nan"), "s", "–"), (0.967, "share", "96.7 %"), (2772, "tokens", "2,772"), (-0.0123, "s", "-12.30")],
 )  # fmt: skip
 def test_numbers_as_shown(value, unit, shown):
-    assert terminal.number(value, unit) == shown
+    assert units.number(value, unit) == shown
 
 
 def test_vllm_layout(made):
@@ -537,7 +537,7 @@ def test_what_the_warm_up_came_to_is_told(tmp_path, stable, words):
     summary = summarise(twoclocks.load_run(tmp_path / "r"))
 
     assert summary["warmup"]["seconds"] == 3.2
-    assert terminal.warmup_words(summary).endswith(words)
+    assert wording.warmup_words(summary).endswith(words)
 
 
 def batch_run(folder, *records, **meta):

@@ -14,8 +14,8 @@ from twoclocks.load import Run
 from twoclocks.metrics import Floats, slo_limits
 from twoclocks.plots import FEW, Side, density, limits, violin_panels
 from twoclocks.spread import Curve, curves
-from twoclocks.terminal import LABELS
 from twoclocks.timeline import Line, timeline_of
+from twoclocks.wording import LABELS
 from twoclocks.worst import chunk_timelines
 
 METRICS = ("ttft", "tpot", "e2e", "itl")

@@ -21,8 +21,8 @@ from twoclocks.report import VIOLIN, Report, complete, page, picture, write_json
 from twoclocks.samples import Sample
 from twoclocks.study import STUDY_FILE, finished, read_study
 from twoclocks.summary import clean
-from twoclocks.terminal import TOTALS
 from twoclocks.verdict import verdict
+from twoclocks.wording import TOTALS
 
 ROWS: dict[str, tuple[str, Callable[..., Any]]] = {
     "ttft": ("TTFT", metrics.ttft),

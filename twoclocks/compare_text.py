@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from twoclocks import terminal
+from twoclocks import terminal, units
 from twoclocks.errors import plain
 from twoclocks.gate import UNKNOWN_ERROR
 from twoclocks.rosetta_text import HEADINGS
@@ -72,7 +72,7 @@ def _figures_table(summary: dict[str, Any]) -> Table:
     for heading in ("n", *DIFFERENCES):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in summary["rows"]:
-        values = [terminal.number(row[key], "s") for key in DIFFERENCES]
+        values = [units.number(row[key], "s") for key in DIFFERENCES]
         table.add_row(row["label"] if row["first"] else "", Text(plain(row["run"])), f"{row['n']:,}", *values)
     return table
 
@@ -92,12 +92,12 @@ def _differences_table(summary: dict[str, Any]) -> Table:
     for row in summary["rows"]:
         for number, one in enumerate(row["differences"]):
             ends = (
-                interval(one["low"], one["high"], terminal.signed),
+                interval(one["low"], one["high"], units.signed),
                 interval(one["ratio_low"], one["ratio_high"], percent),
             )
             who = [Text("" if number else plain(row["run"]))] if several else []
             words = ", ".join(filter(None, [one["verdict"], "paired" if one["paired"] else ""]))
-            numbers = (terminal.signed(one["difference"]), ends[0], percent(one["ratio"]), ends[1])
+            numbers = (units.signed(one["difference"]), ends[0], percent(one["ratio"]), ends[1])
             table.add_row("" if number else row["label"], *who, one["statistic"], *numbers, words)
     return table
 
@@ -113,9 +113,7 @@ def _other_table(other: dict[str, Any]) -> Table:
     for row in other["rows"]:
         label = HEADINGS[row["metric"]] if row["metric"] != before else ""
         statistic = "" if row["statistic"] == "value" else row["statistic"]
-        table.add_row(
-            label, statistic, *(terminal.number(value, row["unit"]) for value in (row["theirs"], *row["ours"]))
-        )
+        table.add_row(label, statistic, *(units.number(value, row["unit"]) for value in (row["theirs"], *row["ours"])))
         before = row["metric"]
     return table
 

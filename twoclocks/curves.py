@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from twoclocks import __version__, report, terminal
+from twoclocks import __version__, report, terminal, units
 from twoclocks.curves_plot import curves_plot
 from twoclocks.errors import RunFolderError, TwoclocksError, plain
 from twoclocks.evidence import evidence_of
@@ -121,7 +121,7 @@ def text(summary: dict[str, Any]) -> str:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict")
     for row in summary["levels"]:
-        cells = [terminal.number(row.get(key), unit) for key, unit in COLUMNS]
+        cells = [units.number(row.get(key), unit) for key, unit in COLUMNS]
         state = (
             row["verdict"] if row["verdict"] and not row["error"] else f"{row['status']}: {plain(row['error'] or '')}"
         )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from twoclocks import intervals, samples, terminal
+from twoclocks import intervals, samples, units
 from twoclocks.errors import TwoclocksError, plain
 from twoclocks.intervals import Interval
 from twoclocks.load import Run
@@ -222,7 +222,7 @@ def figure_shown(unit: str, value: float | None) -> str:
         return "–"
     if unit == "share":  # finer than elsewhere: limits on errors are small
         return f"{value * 100:.3g} %"
-    return f"{terminal.number(value, unit)} {terminal.shown_unit(unit)}"
+    return f"{units.number(value, unit)} {units.shown_unit(unit)}"
 
 
 def measured_words(judged: Judged) -> str:

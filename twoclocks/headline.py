@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from twoclocks.terminal import number
+from twoclocks.units import number
 
 SPREAD = {
     "n": "n", "p10": "p10", "p25": "p25", "p50": "p50", "p75": "p75", "p90": "p90", "p95": "p95", "p99": "p99",

@@ -19,7 +19,7 @@ from twoclocks.buckets import Distribution, Reason, StepDensity
 from twoclocks.load import Run
 from twoclocks.metrics import Floats
 from twoclocks.plots import CLIENT, INK, LOG_SPREAD, QUIET, SERVER, TAIL, printable
-from twoclocks.terminal import edge, number
+from twoclocks.units import edge, number
 
 
 def server_histograms(run: Run, path: Path) -> bool:

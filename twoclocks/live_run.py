@@ -29,8 +29,8 @@ from twoclocks.live import LAST_S
 from twoclocks.metrics import PERCENTILES, Chunks, Floats, Ints, definition, distribution
 from twoclocks.record import GAVE_UP, HUNG_UP, LEFT, Record, decode_records
 from twoclocks.settings_yaml import load_yaml
-from twoclocks.terminal import GAUGE_LABELS, GOODPUT, LABELS, TOTALS
 from twoclocks.totals import GONE_S
+from twoclocks.wording import GAUGE_LABELS, GOODPUT, LABELS, TOTALS
 
 READ_S = 0.3
 """How long an answer may take to read what is new; of a long run that is opened late there is more to come."""

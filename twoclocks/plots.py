@@ -27,9 +27,10 @@ from twoclocks.errors import plain
 from twoclocks.expositions import Scrapes
 from twoclocks.load import Run
 from twoclocks.metrics import Floats, definition
-from twoclocks.terminal import LABELS, number
 from twoclocks.timeline import Panel as TimePanel
 from twoclocks.timeline import timeline_of
+from twoclocks.units import number
+from twoclocks.wording import LABELS
 
 CLIENT, SERVER, INK, QUIET = "#0072B2", "#D55E00", "#222222", "#6b6b6b"
 _SIDES = {"client": CLIENT, "server": SERVER, "users": QUIET}

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from twoclocks import terminal
+from twoclocks import units
 
 Rows = Sequence[dict[str, Any]]
 
@@ -30,7 +30,7 @@ NONE = "No other tool could tell of this run: it ran an engine without a server.
 def cells(row: dict[str, Any], metric: str) -> list[str]:
     """p50 and p99 of a metric, or its rate, as shown; nothing where the tool does not report it."""
     figure = row["figures"].get(metric) or {}
-    return [terminal.number(figure[key], figure["unit"]) for key in ("p50", "p99", "value") if key in figure]
+    return [units.number(figure[key], figure["unit"]) for key in ("p50", "p99", "value") if key in figure]
 
 
 def columns(rows: Rows) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from twoclocks.curves import not_bracketed
 from twoclocks.study_findings import NOT_TOLD, VERDICTS, published_scale
-from twoclocks.terminal import number, shown_unit
+from twoclocks.units import number, shown_unit
 
 DASH = "–"
 

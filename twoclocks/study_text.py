@@ -22,7 +22,8 @@ from twoclocks.study_tables import (
     sharing_table,
     times,
 )
-from twoclocks.terminal import number, to_text
+from twoclocks.terminal import to_text
+from twoclocks.units import number
 
 IN_SHORT = (
     "ttft.p50", "tpot.mean", "e2e.mean", "batch_latency.mean", "output_throughput", "batch_throughput.mean",

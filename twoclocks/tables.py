@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 
-from twoclocks import rosetta_text, terminal
+from twoclocks import rosetta_text, units, wording
 from twoclocks.errors import RunFolderError, TwoclocksError, plain
 from twoclocks.load import Run, load_run
 from twoclocks.report import heading
@@ -51,16 +51,16 @@ def markdown(run: Run) -> str:
     figures = summary["figures"]
     lines = [f"## {_cell(heading(run))}", "", f"{summary['verdict']['level']}.", ""]
     lines += ["| metric | unit | n | mean | p50 | p95 | p99 |", "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
-    for name in (name for name in terminal.LABELS if name in figures):
+    for name in (name for name in wording.LABELS if name in figures):
         one = figures[name]
-        values = [terminal.number(one[key], one["unit"]) for key in ("mean", "p50", "p95", "p99")]
-        cells = [terminal.LABELS[name], terminal.shown_unit(one["unit"]), f"{one['n']:,}", *values]
+        values = [units.number(one[key], one["unit"]) for key in ("mean", "p50", "p95", "p99")]
+        cells = [wording.LABELS[name], units.shown_unit(one["unit"]), f"{one['n']:,}", *values]
         lines.append(f"| {' | '.join(cells)} |")
     rates = ("requests", "ok", "failed", "request_throughput", "output_throughput", "goodput", "goodput_share")
     lines += ["", "| | |", "| --- | ---: |"]
     for name in (name for name in rates if name in figures):
         one = figures[name]
-        shown = f"{terminal.number(one['value'], one['unit'])} {one['unit'] if '/s' in one['unit'] else ''}"
+        shown = f"{units.number(one['value'], one['unit'])} {one['unit'] if '/s' in one['unit'] else ''}"
         lines.append(f"| {name.replace('_', ' ')} | {shown.strip()} |")
     return "\n".join([*lines, "", rosetta_text.markdown(summary["rosetta"])])
 

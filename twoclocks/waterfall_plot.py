@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from twoclocks.terminal import number
+from twoclocks.units import number
 from twoclocks.waterfall import PERCENTILES, ROUNDING_S, Bar, Decode, Waterfall, dominant, parting, stacks
 
 CLIENT, SERVER, INK, QUIET = "#0072B2", "#D55E00", "#222222", "#6b6b6b"
