@@ -47,8 +47,8 @@ from twoclocks import (
     spread,
 )
 from twoclocks import server_requests as rows
+from twoclocks.breakdown import cut_up
 from twoclocks.load import load_run
-from twoclocks.summary import cut_up
 from twoclocks.totals import Totals
 
 FOLDER = ROOT / "docs" / "reference"

@@ -23,8 +23,8 @@ from locust_runs import free_port, only_run, started, wait_for
 from make_spans import export, span
 
 import twoclocks
+from twoclocks.breakdown import cut_up
 from twoclocks.load import Run
-from twoclocks.summary import cut_up
 from twoclocks.waterfall import ROUNDING_S
 
 SECONDS, USERS = "2", "3"

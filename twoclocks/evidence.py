@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from twoclocks.figures import good_requests
 from twoclocks.levels import Evidence, keeps_up
 from twoclocks.load import Run, load_run
 from twoclocks.metrics import Floats
-from twoclocks.summary import good_requests
 
 FILLED = 0.95
 

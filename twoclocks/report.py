@@ -14,6 +14,7 @@ import markupsafe
 import msgspec
 
 from twoclocks import headline, rosetta_text, terminal, units, wording
+from twoclocks.breakdown import cut_up
 from twoclocks.charts import charts
 from twoclocks.errors import RunFolderError, plain
 from twoclocks.histogram_plot import server_histograms
@@ -22,7 +23,7 @@ from twoclocks.plots import timeline, violins
 from twoclocks.run_folder import refuse_links
 from twoclocks.spread import INTERVAL, figure_intervals, spread
 from twoclocks.stutter import stutter
-from twoclocks.summary import clean, cut_up, summarise
+from twoclocks.summary import clean, summarise
 from twoclocks.vllm_bench import write_vllm_bench
 from twoclocks.waterfall_plot import waterfall_plot
 from twoclocks.worst import worst

@@ -16,11 +16,11 @@ from twoclocks import intervals, metrics
 from twoclocks.calibration import calibration_of, error_bars
 from twoclocks.clocks import CLOCKS
 from twoclocks.clocks import METRICS as TOLD
+from twoclocks.figures import arrived
 from twoclocks.intervals import Interval
 from twoclocks.levels import wilson
 from twoclocks.load import Run
 from twoclocks.metrics import Floats, Ints, definition, slo_limits
-from twoclocks.summary import arrived
 
 Unit = Literal["s", "share", "requests/s", "tokens/s"]
 

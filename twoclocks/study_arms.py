@@ -16,11 +16,11 @@ from twoclocks import curves, metrics, report, samples
 from twoclocks.calibration import calibration_of, error_bars
 from twoclocks.errors import TwoclocksError
 from twoclocks.expositions import Scrapes
+from twoclocks.figures import arrived
 from twoclocks.load import Run, load_run
 from twoclocks.metrics import Floats
 from twoclocks.run_levels import SWEEP_FILE
 from twoclocks.study import Cell, Study
-from twoclocks.summary import arrived
 
 MOST = {"output_throughput": "tokens_per_s", "request_throughput": "achieved"}
 """Throughput -> the column of a sweep's levels that holds it."""

@@ -14,12 +14,12 @@ import pandas as pd
 
 from twoclocks import expositions, intervals, metrics
 from twoclocks.clocks import CLOCKS
+from twoclocks.figures import batches_of
 from twoclocks.load import Run
 from twoclocks.metrics import Floats, Ints, definition
 from twoclocks.record import LEFT
 from twoclocks.samples import stretches
 from twoclocks.study_arms import MOST, Arm, Pooled, blocks
-from twoclocks.summary import batches_of
 
 PERCENTILES = (50, 95, 99)
 LATENCIES = {
