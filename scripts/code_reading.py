@@ -17,6 +17,7 @@ import yaml
 from twoclocks import errors, metrics, verdict
 from twoclocks.load import load_run
 from twoclocks.summary import summarise
+from twoclocks.verdict_reason import Level
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "output" / "example"
@@ -40,7 +41,7 @@ def verdict_reasons() -> list[VerdictReason]:
         assert isinstance(function, ast.FunctionDef)
         bound: dict[str, ast.expr] = {
             name: ast.Constant(value)
-            for name, value in vars(verdict).items()
+            for name, value in rule.__globals__.items()
             if name.isupper() and isinstance(value, int | float)
         }
         bound |= {
@@ -51,7 +52,7 @@ def verdict_reasons() -> list[VerdictReason]:
             if isinstance(target, ast.Name)
         }
         words = {node.value for node in ast.walk(function) if isinstance(node, ast.Constant)}
-        levels = [level for level in get_args(verdict.Level) if level in words]
+        levels = [level for level in get_args(Level) if level in words]
         for call in ast.walk(function):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Reason":
                 name, remedy = call.args[1], call.args[4]

@@ -22,7 +22,7 @@ import pytest
 from locust_runs import free_port
 from test_doctor import WELL
 
-from twoclocks import cli, meanings, verdict
+from twoclocks import cli, meanings
 from twoclocks.clocks import METRICS
 from twoclocks.doctor import findings, ports
 from twoclocks.experiment import Experiment, load_experiment
@@ -139,8 +139,9 @@ def told(page, heading):
 
 
 def verdict_names():
-    tree = ast.parse(Path(verdict.__file__).read_text())
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Reason"]
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "twoclocks").glob("verdict*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Reason"]
     return {ast.literal_eval(call.args[1]) for call in calls}
 
 

@@ -27,7 +27,7 @@ CLOCK_SLOW_S = 1e-6  # 85 ns were seen with tsc; a source that enters the kernel
 GOOD_CLOCKS = {"tsc", "kvm-clock", "arch_sys_counter", "hyperv_clocksource_tsc_page"}
 STOLEN = 0.01
 BUSY = 0.2  # of all cores: what others take, the load generator and a server beside it do not have
-WOKEN_LATE_S = 0.005  # later than verdict.LATE_SEND_S a request counts as late
+WOKEN_LATE_S = 0.005  # later than verdict_generator.LATE_SEND_S a request counts as late
 REINSTALL = "rm -rf .venv && make install"
 SLOW_GOVERNORS = {"powersave", "ondemand", "conservative"}
 
