@@ -18,7 +18,6 @@ from twoclocks.vllm_bench import write_vllm_bench
 
 Format = Literal["csv", "parquet", "markdown", "vllm-bench"]
 Table = Literal["requests", "chunks"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 TABLES: tuple[Table, ...] = get_args(Table)
 NESTED = ("chunk_us", "chunk_tokens", "chunk_kinds", "chunk_choice", "server")
 """Columns of lists and objects: the chunks have a table of their own, the server's timings columns of their own."""

@@ -131,33 +131,29 @@ def _latencies(summary: dict[str, Any]) -> Table:
 
 
 def _levels(levels: list[dict[str, Any]]) -> RenderableType:
-    table = Table(title="Level by level", title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in wording.LEVEL_HEADINGS:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for level in levels:
-        table.add_row(*wording.level_row(level))
-    return Group(table, Text(wording.LEVELS_REMARK, style="dim"))
+    remark = Text(wording.LEVELS_REMARK, style="dim")
+    return Group(_counted("Level by level", wording.LEVEL_HEADINGS, map(wording.level_row, levels)), remark)
 
 
 def _attempts(told: dict[str, Any]) -> RenderableType:
-    table = Table(
-        title=wording.ATTEMPTS_TITLE, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for heading in wording.ATTEMPT_HEADINGS:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in told["rows"]:
-        table.add_row(*wording.attempt_row(row))
-    return Group(table, Text(wording.attempt_words(told)))
+    rows = map(wording.attempt_row, told["rows"])
+    return Group(_counted(wording.ATTEMPTS_TITLE, wording.ATTEMPT_HEADINGS, rows), Text(wording.attempt_words(told)))
 
 
 def _turns(summary: dict[str, Any]) -> RenderableType:
-    title = "Turn by turn, with the history in the prompt"
+    title, rows = "Turn by turn, with the history in the prompt", map(wording.turn_row, summary["turns"])
+    remark = Text(wording.session_words(summary["sessions"]), style="dim")
+    return Group(_counted(title, wording.TURN_HEADINGS, rows), remark)
+
+
+def _counted(title: str, headings: Iterable[str], rows: Iterable[list[str]]) -> Table:
+    """A table of numbers alone."""
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in wording.TURN_HEADINGS:
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    for turn in summary["turns"]:
-        table.add_row(*wording.turn_row(turn))
-    return Group(table, Text(wording.session_words(summary["sessions"]), style="dim"))
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _client_vs_server(rows: list[dict[str, Any]]) -> RenderableType:
