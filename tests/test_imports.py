@@ -1,6 +1,7 @@
 """The arrows of the design: what runs load never imports what analyses, and what analyses never imports Locust."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ HEAVY = {"pandas", "matplotlib", "seaborn", "scipy"}
 PATCHING = {"locust", "gevent"}
 
 
+@functools.cache
 def imports_of(module: str) -> set[str]:
     """Every name imported anywhere in a module, also inside functions: `twoclocks.x` as x, others by top name."""
     found = set()
