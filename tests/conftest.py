@@ -22,15 +22,12 @@ hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
 
 
-SHARED = ("real_vllm", "real_transformers", "exporting_vllm", "one_at_a_time")
-
-
 class ByServers(LoadScopeScheduling):
-    """A file stays in one process, and all files that use the same real servers in the same one."""
+    """A file stays in one process, and all files that start real servers in the same one, so that two never compete."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return "real servers" if any(name in _text(file) for name in SHARED) else file
+        return "real servers" if "mark.real" in _text(file) else file
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,4 +1,4 @@
-"""Fixtures: a real vLLM and a real `transformers serve` on a random 5 M-parameter Llama, started once a test session.
+"""Fixtures: a real vLLM and a real `transformers serve` on a random 5 M-parameter Llama, started once a test file.
 
 They install what is missing (scripts/prepare.py): the first use on a machine takes minutes, later ones the start alone.
 """
@@ -46,13 +46,13 @@ def started(kind: ServerKind, log_folder: Path, *flags: str) -> Iterator[Server]
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def otlp_port() -> int:
     """Where the real vLLM sends its spans; whoever runs a test against it listens there."""
     return free_port()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def real_vllm(tmp_path_factory: pytest.TempPathFactory, otlp_port: int) -> Iterator[Server]:
     """vLLM with per-request metrics and spans, and a KV cache so small that a few long answers fill it."""
     flags = ["--max-model-len", "1024", "--max-num-seqs", "16", "--num-gpu-blocks-override", "9"]
@@ -60,7 +60,7 @@ def real_vllm(tmp_path_factory: pytest.TempPathFactory, otlp_port: int) -> Itera
     yield from started("vllm", tmp_path_factory.mktemp("vllm"), *flags)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def exporting_vllm(real_vllm: Server, otlp_port: int, tmp_path_factory: pytest.TempPathFactory) -> Server:
     """The same, once its exporter has got rid of what it saved up while nobody listened, and is in no pause."""
     folder, own = tmp_path_factory.mktemp("drained"), uuid.uuid4().hex
@@ -78,7 +78,7 @@ def exporting_vllm(real_vllm: Server, otlp_port: int, tmp_path_factory: pytest.T
     return real_vllm
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def real_transformers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """`transformers serve` with continuous batching."""
     yield from started("transformers", tmp_path_factory.mktemp("transformers"))
