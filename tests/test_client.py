@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -151,6 +152,26 @@ def test_a_wall_clock_that_is_set_enters_no_arrival(monkeypatch, each_reader):
     assert record.timestamp_source == "user"
     assert all(gap >= 0 for gap in record.chunk_us)
     assert record.first_byte_at <= record.sent_at + sum(record.chunk_us) / 1e6 <= record.ended_at + 1e-5
+
+
+def test_what_waited_for_a_lost_segment_arrived_with_that(each_reader):
+    """The kernel stamps a segment when it comes, though what it holds can be read once all before it has come."""
+    program = Path(__file__).parent / "lost_segments.py"
+    alone = ["unshare", "--map-root-user", "--net"]
+    try:
+        subprocess.run([*alone, "sh", "-c", "ip tuntap add dev x mode tun"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no tunnel device can be had here")
+    printed = subprocess.run([*alone, sys.executable, program], capture_output=True, text=True, check=True).stdout
+    told = [json.loads(line) for line in printed.splitlines()]
+
+    assert [(one["order"], one["source"]) for one in told] == [
+        ("none is late", "kernel"),
+        ("the head is late", "user"),
+        ("a token is late", "user"),
+        ("two are late", "user"),
+    ]
+    assert all(late_s > -1e-3 for one in told for late_s in one["late_s"])
 
 
 def test_request_id_and_trace_are_sent():

@@ -13,6 +13,7 @@
 #include <Python.h>
 #endif
 #include <errno.h>
+#include <netinet/in.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdint.h>
@@ -36,7 +37,10 @@ enum {
     LINE_SHOWN = 40, /* bytes of a bad line that its error message shows */
     BATCH = 256,
     MAX_PAUSE_NS = 2 * 1000 * 1000,
+    MAX_HELD_NS = 5 * 1000 * 1000,
 };
+#define TCP_INFO 11         /* linux/tcp.h; the C library's own header for it may be older than the field below */
+#define TCP_INFO_OOOPACK 56 /* tcpi_rcv_ooopack, the word of that number: Linux 5.5 */
 #define SECOND INT64_C(1000000000)
 #define SWEEP_NS (SECOND / 100) /* how late a timeout may be told, so that many of them cannot keep the reader busy */
 #define TIMER UINT64_MAX
@@ -353,6 +357,13 @@ static int64_t arrival(const Reader *r, struct msghdr *message, int64_t now, int
     return now;
 }
 
+/* Has anything come out of order on this connection? */
+static int is_reordered(int fd) {
+    uint32_t info[TCP_INFO_OOOPACK + 1] = {0};
+    socklen_t len = sizeof info;
+    return !getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &len) && info[TCP_INFO_OOOPACK];
+}
+
 /* One read. Edges tell of news alone, so what may be left after it (more than the buffer takes, or the end of input
  * that was told together with the last bytes) is asked for again. */
 static void receive(Reader *r, Stream *s, uint32_t events) {
@@ -371,6 +382,8 @@ static void receive(Reader *r, Stream *s, uint32_t events) {
         s->error = errno, why = RESET;
     else if (len > 0) {
         int64_t at = arrival(r, &message, now, &kernel);
+        /* what came behind a lost segment had its stamp long before anybody could read it */
+        if (now - at > MAX_HELD_NS && is_reordered(s->fd)) at = now, kernel = 0;
         int waited = s->first_token != 0;
         s->user_stamps += !kernel;
         why = feed(s, r->buffer, len, at);

@@ -35,6 +35,8 @@ SWEEP_S = 0.1  # how late a timeout may be told
 STAMPS_S = 0.01  # how long the kernel takes to begin with its stamps: a work queue's next turn
 READABLE = 1  # libev's EV_READ
 MAX_STAMP_AGE_NS = 60 * 10**9
+MAX_HELD_NS = 5 * 10**6  # as in _native.c
+TCP_INFO_OOOPACK = 224  # where linux/tcp.h has tcpi_rcv_ooopack, from 5.5 on: packets that came out of order
 SLEW_NS = 10**6  # and a thousandth of the time passed: what moves the wall clock by more has set it
 _sleep = gevent.monkey.get_original("time", "sleep")
 _TIMESPEC = struct.Struct("@ll")
@@ -212,7 +214,8 @@ class _Stream:
                     is_set = abs(ahead - self._wall_ahead) > SLEW_NS + (now - self._compared) // 1000
                     self._wall_ahead, self._compared = ahead, now
                     if 0 <= age < MAX_STAMP_AGE_NS and not is_set:
-                        at = now - age
+                        # what came behind a lost segment had its stamp long before anybody could read it
+                        at = now - age if age <= MAX_HELD_NS or not _is_reordered(self._sock) else None
                 self._take(data, at)
         except (BlockingIOError, InterruptedError, ssl.SSLWantReadError):
             return
@@ -270,6 +273,13 @@ class _Stream:
         body = Body(b"".join(self._pieces), self._times, ends)
         ended = self.ended or time.monotonic_ns()
         return Received(self.why, self.detail, self.response, body, self.first_byte, ended, self.user_stamps)
+
+
+def _is_reordered(sock: socket.socket) -> bool:
+    """Has anything come out of order on this connection?"""
+    with contextlib.suppress(OSError):
+        return any(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_OOOPACK + 4)[TCP_INFO_OOOPACK:])
+    return False
 
 
 def _first_token_watch() -> Callable[[bytes], bool]:
