@@ -235,6 +235,26 @@ def test_each_failure_is_a_record_with_its_kind(name, steps, status, error_kind)
     assert record.error_message
 
 
+def test_a_request_that_is_refused_before_it_has_come_whole_is_told_why():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def refuse():
+            connection, _ = listener.accept()
+            with connection:  # what it has not read makes of its end a reset
+                connection.recv(1000)
+                connection.sendall(response(413, b'{"error": "no more than 2 MB"}')[0])
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        endpoint = make_endpoint(Target(url=f"http://127.0.0.1:{listener.getsockname()[1]}"), PATIENT)
+        plan = Plan("0" * 32, Prompt("p", {}), b"x" * 50_000_000)
+        record = send(connect(endpoint), plan, Origin(time.monotonic_ns()), "measure")
+        thread.join()
+
+    assert (record.status, record.error_kind, record.error_message) == ("error", "http_413", "no more than 2 MB")
+    assert record.written_at is None
+
+
 def test_a_failed_stream_keeps_the_chunks_that_came():
     record = answered(HEAD, chunked(ROLE), *map(chunked, words(3)), CLOSE)
 

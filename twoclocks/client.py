@@ -224,8 +224,16 @@ class Exchange:
                 self.connect_started_ns = time.monotonic_ns()
                 connection.open()
                 self.connected_ns = time.monotonic_ns()
-            self._write(connection, plan)
-            self._receive(connection, plan)
+            try:
+                self._write(connection, plan)
+            except ConnectionError:  # whoever refuses a request that is still coming may have said why
+                with contextlib.suppress(Failure):
+                    self._receive(connection, plan)
+                if not self.response.complete:
+                    raise
+                self.response.reusable = False
+            else:
+                self._receive(connection, plan)
         except Failure as failure:
             self.failure = failure
         except GreenletExit:
