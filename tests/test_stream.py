@@ -15,7 +15,7 @@ from twoclocks.dialect import read_stream as read_body
 from twoclocks.http1 import ProtocolError, ResponseReader, request_head
 from twoclocks.masks import redact
 from twoclocks.record import expand, run_lengths
-from twoclocks.sse import MAX_EVENT_BYTES, EventTooLong, SseDecoder
+from twoclocks.sse import BOM, MAX_EVENT_BYTES, EventTooLong, SseDecoder
 
 RECORDED = Path(__file__).parent / "data" / "recorded"
 ROLE = delta(role="assistant", content="")
@@ -49,7 +49,7 @@ def read(*events: bytes):
 # server-sent events
 
 HOSTILE = (
-    "data: 日本🙂\n\n: comment\n\ndata:no space\r\n\r\nevent: x\nid: 1\ndata: two\ndata: lines\n\ndata\n\n"
+    "\ufeffdata: 日本🙂\n\n: comment\n\ndata:no space\r\n\r\nevent: x\nid: 1\ndata: two\ndata: lines\n\ndata\n\n"
     "retry: 5\n\ndata: a\u2028b\x0bc\x85d\rdata: after a lone CR\r\rdata:\n\ndata: last without its blank line"
 ).encode()
 EXPECTED = [
@@ -71,7 +71,7 @@ def test_events_byte_by_byte():
     assert [data.decode() for data in decode(bytes([byte]) for byte in HOSTILE)] == EXPECTED
 
 
-PIECES = [b"data: a", b"data:b", b"data:", b"data", b": c", b"event: x", b"\n", b"\n\n", b"\n\n\n", b" ", b"\r\n"]
+PIECES = [BOM, b"data: a", b"data:b", b"data:", b"data", b": c", b"event: x", b"\n", b"\n\n", b"\n\n\n", b" ", b"\r\n"]
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=30), st.lists(st.integers(0, 300), max_size=10))
@@ -84,6 +84,14 @@ def test_events_of_a_whole_stream_are_those_of_the_decoder(pieces, cuts):
 
         events, last_reads, wrong = _events(body_of([(0, piece) for piece in reads]))
         assert (list(zip(events, last_reads, strict=True)), wrong) == (expected, None)
+
+
+def test_neither_a_mark_at_the_beginning_nor_an_event_without_data_changes_an_answer():
+    one, other = words(2)
+    plain = read_stream([(0, one), (1, other), (2, DONE)])
+
+    assert read_stream([(0, BOM + one), (1, b"data:\n\n" + other), (2, b"event: ping\ndata: \n\n" + DONE)]) == plain
+    assert (plain.output_tokens, plain.ended, plain.malformed) == (2, True, None)
 
 
 @pytest.mark.parametrize("line", [b"data: ", b": ", b""])

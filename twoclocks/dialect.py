@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from twoclocks.record import TOKEN_KINDS, Kind, TokenSource
-from twoclocks.sse import MAX_EVENT_BYTES, EventTooLong, SseDecoder
+from twoclocks.sse import BOM, MAX_EVENT_BYTES, EventTooLong, SseDecoder
 
 MAX_CHUNKS = 2**18
 """More than any model answers; a hostile stream must not hold the others up."""
@@ -222,7 +222,7 @@ def read_stream(body: Body) -> Stream:
                 done = True
             elif data.lstrip().startswith(b'{"error"'):  # transformers puts messages into its error event unescaped
                 error = error or data.decode("utf-8", "replace")
-            else:
+            elif data:  # an event without data is none, by the standard
                 malformed = malformed or f"{wrong}: {data[:200].decode('utf-8', 'replace')}"
             continue
         if payload.error is not None:
@@ -338,7 +338,7 @@ def _events(body: Body) -> tuple[list[bytes], list[int], str | None]:
     The same as SseDecoder, in fewer steps for what every stream looks like: lines of data with a blank one after each.
     """
     lines = body.data.split(b"\n")
-    if b"\r" in body.data or len(body.data) > MAX_EVENT_BYTES or any(lines[1::2]):
+    if b"\r" in body.data or len(body.data) > MAX_EVENT_BYTES or any(lines[1::2]) or body.data.startswith(BOM):
         return _decoded(body)
     events, reads = [], []
     ends = [*body.ends, len(body.data) + 2]

@@ -7,6 +7,8 @@ U+2028, U+0085, VT and FF may stand raw inside a JSON token.
 
 from collections.abc import Iterator
 
+BOM = b"\xef\xbb\xbf"
+"""What a stream may begin with."""
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 """No token needs more; a line without an end must not fill the memory."""
 
@@ -23,13 +25,14 @@ class SseDecoder:
     ([b'a'], [b'b'])
     """
 
-    __slots__ = ("_after_cr", "_data", "_held_bytes", "_partial")
+    __slots__ = ("_after_cr", "_data", "_held_bytes", "_is_first", "_partial")
 
     def __init__(self) -> None:
         self._partial: list[bytes] = []  # pieces of a line whose end has not come yet
         self._data: list[bytes] = []  # data lines of an event whose end has not come yet
         self._held_bytes = 0
         self._after_cr = False
+        self._is_first = True  # line
 
     def feed(self, received: bytes) -> Iterator[bytes]:
         """Yield the data of each event completed by these bytes. Raises EventTooLong."""
@@ -67,11 +70,14 @@ class SseDecoder:
         if self._partial:
             line = self._partial[0] if len(self._partial) == 1 else b"".join(self._partial)
             self._partial.clear()
+            if self._is_first:
+                line, self._is_first = line.removeprefix(BOM), False
             if line.startswith(b"data:"):
                 self._data.append(line[5:].removeprefix(b" "))
             else:
                 self._held_bytes -= len(line)
             return None
+        self._is_first = False
         if not self._data:
             return None
         event = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
