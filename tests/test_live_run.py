@@ -1,6 +1,7 @@
 """The figures of a run that goes on: against summary.json of the same run, and against numpy by hand."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -153,6 +154,32 @@ def test_memory_is_bounded(tmp_path, monkeypatch):
     assert 50 <= told["figures"]["ttft"]["n"] <= 100
     assert told["figures"]["ttft"]["label"].endswith(", of the newest")
     assert (told["figures"]["itl"]["n"], told["figures"]["ok"]["value"]) == (1000, 500)
+
+
+def test_of_too_many_values_the_newest_are_kept(monkeypatch):
+    monkeypatch.setattr(live_run, "KEPT", 50)
+    newest, told = live_run._Newest(), np.empty(0)
+    for size in (30, 70, 1, 60, 20, 300, 0, 10):
+        values = np.arange(len(told), len(told) + size, dtype=np.float64)
+        newest.add(values)
+        told = np.concatenate([told, values])
+        n = newest.distribution()["n"]
+
+        assert 50 <= n <= 100 or n == len(told)
+        assert newest.distribution() == distribution(told[-n:])
+        assert newest.lost == (n < len(told))
+
+
+def test_who_reads_a_run_stands_back_behind_who_sends():
+    kept_open = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-m", "twoclocks.live_run"], **kept_open) as reader:
+        reader.stdin.write(live_run.msgspec.json.encode(Question(folder="/none", now=1.0)) + b"\n")
+        reader.stdin.flush()
+        assert b"error" in reader.stdout.readline()
+        priority = os.getpriority(os.PRIO_PROCESS, reader.pid)
+        reader.stdin.close()
+
+    assert priority == min(19, os.getpriority(os.PRIO_PROCESS, 0) + live_run.STAND_BACK)
 
 
 def test_counted_durations_have_exact_percentiles():

@@ -91,7 +91,7 @@ def result(soak, rows, **changes):
         "only_at_server": 0, "twice": 0, "other_tokens": 0, "tokens_records": 70, "tokens_server": 70, "failed": {},
         "not_sent": 0, "lost_records": 0,
     }  # fmt: skip
-    flat = {"per_stretch": 0.0, "low": -0.01, "high": 0.01}
+    flat = {"ms": 0.0, "low": -0.01, "high": 0.01}
     told = {"processes": rows, "most_at_once": 3, "drift_ms": {"p50": flat, "p99": flat}, "answers": {"tab": 4}}
     return told | {"accounts": accounts | changes.pop("accounts", {})} | changes
 
@@ -104,7 +104,7 @@ def test_bounds_hold_where_nothing_is_wrong_and_break_by_what_is(soak):
     flat = soak.growth(looks_at(soak, lambda at: 60.0), lambda at: 1000.0 * at)
     leaky = soak.growth(looks_at(soak, lambda at: 60 + 0.1 * at), lambda at: 1000.0 * at)
     many = [flat[0] | {"most_sockets": 1000}]
-    rising = {"per_stretch": 0.5, "low": 0.4, "high": 0.6}
+    rising = {"ms": 4.5, "low": 3.5, "high": 5.5}
 
     assert broken(soak, result(soak, flat)) == []
     assert broken(soak, result(soak, leaky)) == ["locust: memory"]
@@ -120,6 +120,36 @@ def test_bounds_hold_where_nothing_is_wrong_and_break_by_what_is(soak):
     assert broken(soak, result(soak, flat, accounts={"other_tokens": 1})) == ["tokens: records = server's log, by id"]
     assert broken(soak, result(soak, flat, accounts={"not_sent": 1})) == ["nothing failed, held back or lost"]
     assert broken(soak, result(soak, flat, answers={"tab": 3, "tab failed": 1})) == ["live tab and exporter answered"]
+
+
+def test_a_drift_of_lateness_is_found_and_a_few_bad_slices_are_none(soak):
+    rng = np.random.default_rng(3)
+    late = rng.exponential(1.0, 200_000)
+    bad = late.copy()
+    bad[150_000:160_000] += 100  # for a while
+    late_of_rising = late + np.linspace(0, 5, len(late))
+    calm = np.ones(len(late), dtype=bool)
+
+    rose = soak.drift(late_of_rising, calm, 50.0)
+    assert rose["low"] < 5 < rose["high"]
+    assert rose["high"] - rose["low"] < 0.5
+    for percentile in (50.0, 99.0):
+        told = soak.drift(bad, calm, percentile)
+        assert told["low"] < 0 < told["high"] < 1
+    assert soak.drift(bad, calm & (bad < 50), 99.0)["slices"] < 40  # those of which too few are left
+    assert soak.drift(late, np.arange(len(late)) < 100_000, 50.0) is None  # too little of the run is told
+
+
+def test_what_the_host_disturbed_is_known_by_the_looks_at_the_machine(soak):
+    def ticks(seconds, stolen):
+        return [100 * seconds, 0, 0, 100 * seconds - stolen, 0, 0, 0, stolen]
+
+    machine = [(1000.0 + at, ticks(at, 30 if at >= 6 else 0)) for at in range(0, 12, 2)]
+    at = np.array([999.0, 1001.0, 1003.0, 1004.5, 1005.5, 1006.5, 1008.5, 1011.0])
+
+    # nothing is known of the first look and beyond the last; the steal between 1004 and 1006 counts until 1008
+    assert soak.undisturbed(at, machine).tolist() == [False, False, True, False, False, False, True, False]
+    assert not soak.undisturbed(at, [(when, []) for when, _ in machine]).any()
 
 
 def test_requests_at_once(soak):

@@ -6,6 +6,7 @@ if there has been any, at most Job.linger_s. When its parent dies its input ends
 
 import io
 import logging
+import os
 import select
 import socket
 import sys
@@ -25,7 +26,7 @@ from twoclocks.bounded_input import BoundedInput
 from twoclocks.errors import RunFolderError
 from twoclocks.export import Job
 from twoclocks.families import families
-from twoclocks.growing import Growing
+from twoclocks.growing import STAND_BACK, Growing
 from twoclocks.metrics import slo_limits
 from twoclocks.otlp_metrics import EXPORT_MS, Pusher, interval_s
 from twoclocks.totals import Meta, Totals
@@ -161,6 +162,7 @@ class Pushing:
 
 def main() -> None:
     """Run as ``python -m twoclocks.exporter``."""
+    os.nice(STAND_BACK)
     parent = io.FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: what is read ahead, select() would not see
     job = msgspec.json.decode(parent.readline(), type=Job)
     exporting = Exporting(job)

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+STAND_BACK = 10
+"""The nice value of processes that read a run while it goes on: who sends comes first on a core that both want."""
+
 
 class Growing:
     """Remembers how far the file has been read."""

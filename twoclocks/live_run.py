@@ -8,6 +8,7 @@ those of its summary.json.
 
 import contextlib
 import math
+import os
 import sys
 import time
 from array import array
@@ -24,7 +25,7 @@ from twoclocks import metrics
 from twoclocks.arrivals import chunk_columns, floats
 from twoclocks.errors import RunFolderError, TwoclocksError
 from twoclocks.gauges import ServerGauges
-from twoclocks.growing import Growing
+from twoclocks.growing import STAND_BACK, Growing
 from twoclocks.live import LAST_S
 from twoclocks.metrics import PERCENTILES, Chunks, Floats, Ints, definition, distribution
 from twoclocks.record import GAVE_UP, HUNG_UP, LEFT, Record, decode_records
@@ -132,20 +133,25 @@ class Counted:
 
 
 class _Newest:
-    """The newest values: all, as long as they are not more than 2 x KEPT."""
+    """The newest values: all, as long as they are not more than 2 x KEPT. In one place, which never grows or moves."""
 
     def __init__(self) -> None:
-        self._values = array("d")
+        self._values = np.empty(2 * KEPT)
+        self._count = 0
         self.lost = False
 
     def add(self, values: Floats) -> None:
-        self._values.frombytes(values.tobytes())
-        if len(self._values) > 2 * KEPT:
-            del self._values[:-KEPT]
+        if self._count + len(values) > len(self._values):
             self.lost = True
+            values = values[-KEPT:]
+            kept = min(self._count, KEPT - len(values))
+            self._values[:kept] = self._values[self._count - kept : self._count].copy()
+            self._count = kept
+        self._values[self._count : self._count + len(values)] = values
+        self._count += len(values)
 
     def distribution(self) -> dict[str, Any]:
-        return distribution(np.array(self._values))
+        return distribution(self._values[: self._count])
 
 
 class _Second(msgspec.Struct):
@@ -426,6 +432,7 @@ def answers(questions: Iterator[bytes]) -> Iterator[bytes]:
 
 def main() -> None:
     """Answer until standard input ends."""
+    os.nice(STAND_BACK)
     for answer in answers(iter(sys.stdin.buffer.readline, b"")):
         sys.stdout.buffer.write(answer)
         sys.stdout.buffer.flush()
