@@ -83,6 +83,16 @@ def test_timeline_with_and_without_a_talkative_server(runs, tmp_path):
     assert not any(map(orange, colours(tmp_path / "silent.png")))
 
 
+def test_each_panel_of_the_timeline_says_what_it_shows(runs, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, _: drawn.append(figure))
+
+    plots.timeline(runs["vllm"], tmp_path / "t.png")
+
+    labels = [axes.get_ylabel() for axes in drawn[0].axes]
+    assert labels == ["requests", "Output tokens (tokens/s)", "TTFT (ms)", "KV cache used (%)"]
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_few_or_no_requests_are_drawn_too(tmp_path, count):
     made = [

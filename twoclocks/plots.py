@@ -266,7 +266,7 @@ def _over_time(axes: Axes, panel: TimePanel) -> None:
                 line.at, values, color=_SIDES[line.side], ls="none" if alone else look, lw=1.6, label=label,
                 marker="o" if alone else "", ms=4.5, mfc="none" if line.dashed else _SIDES[line.side],
             )  # fmt: skip
-    axes.set_ylabel(unit if panel.unit in panel.title.lower() else f"{panel.title.split(',')[0]} ({unit})")
+    axes.set_ylabel(unit if unit in panel.title else f"{panel.title.split(',')[0]} ({unit})")
     axes.set_ylim(0, 1.03 * axes.get_ylim()[1])
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=panel.whole))
     axes.grid(color="#000000", alpha=0.12, lw=0.7)
