@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 from browser import CHROMIUM, browser
+from fake_server import FakeServer, plain_answer
 from locust_runs import free_port, only_run, read, started, wait_for
 
 from twoclocks.load import load_run
@@ -72,6 +74,87 @@ def test_workers_end_with_a_master_whose_run_was_stopped_in_the_page(tmp_path):
 
         assert len(workers) >= 2
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 30)  # left alone: 60 s
+
+
+def swarm(url, users, **more) -> dict:
+    """What Locust's form sends, and what it is told."""
+    return httpx.post(f"{url}/swarm", data={"user_count": users, "spawn_rate": users} | more).json()
+
+
+def newest(folder) -> dict:
+    """run.json of the newest run, or what it holds at first."""
+    told = {"status": "running", "window": {"started_at": None, "ended_at": None}, "notes": []}
+    with contextlib.suppress(OSError, ValueError):
+        told |= json.loads((max(folder.iterdir()) / "run.json").read_text())
+    return told
+
+
+class Held(FakeServer):
+    """Answers once it may."""
+
+    def __init__(self):
+        super().__init__(lambda body: self.may_answer.wait(60) and plain_answer())
+        self.may_answer = threading.Event()
+
+
+def test_a_form_cannot_break_a_run_that_warms_up_or_drains(tmp_path):
+    with Held() as server, web_ui(tmp_path, "-H", server.url, "--set", "warmup.requests=1") as url:
+        assert swarm(url, 1, host=server.url, run_time="1s")["success"]
+        wait_for(lambda: server.requests)
+        in_warmup = swarm(url, 3)
+        time.sleep(1.2)  # a clock that began before the warm-up would end the run in it
+        server.may_answer.set()
+        wait_for(lambda: newest(tmp_path)["window"]["started_at"])
+        server.may_answer.clear()
+        wait_for(lambda: newest(tmp_path)["window"]["ended_at"])
+        in_drain = swarm(url, 3, host=server.url)
+        server.may_answer.set()
+        wait_for(lambda: newest(tmp_path)["status"] != "running")
+        _, first = read(tmp_path)
+        # other users while it measures, which the run tells of
+        assert swarm(url, 2, host=server.url, run_time="60s")["success"]
+        wait_for(lambda: len(list(tmp_path.iterdir())) == 2 and newest(tmp_path)["window"]["started_at"])
+        assert swarm(url, 5)["success"]
+        wait_for(lambda: newest(tmp_path)["notes"])
+        httpx.post(f"{url}/stop", timeout=60).raise_for_status()
+
+    assert (in_warmup["success"], in_drain["success"]) == (False, False)
+    assert "a run is beginning" in in_warmup["message"]
+    assert "drains still" in in_drain["message"]
+    assert first["status"] == "finished"
+    assert first["window"]["ended_at"] - first["window"]["started_at"] >= 1
+    assert "5 from" in newest(tmp_path)["notes"][-1]
+    assert "2 before" in newest(tmp_path)["notes"][-1]
+
+
+def test_steps_have_the_users_that_the_experiment_says(tmp_path):
+    words = ("--set", "load.shape=steps", "--set", "load.steps=[[1,60],[2,60]]", "--set", "warmup.requests=0")
+    with FakeServer() as server, web_ui(tmp_path, "-H", server.url, *words) as url:
+        others = swarm(url, 7, host=server.url)
+        assert swarm(url, 1, host=server.url)["success"]
+        wait_for(lambda: "levels" in newest(tmp_path))
+        later = swarm(url, 7)
+
+    assert not others["success"]
+    assert others["message"].endswith("the first of load.steps, 1")
+    assert not later["success"]
+    assert [level["users"] for level in newest(tmp_path)["levels"]] == [1]
+
+
+def test_a_run_that_locust_starts_by_itself_is_as_long_as_any(tmp_path):
+    words = ("--autostart", "--autoquit", "0", "-t", "1", "--set", "warmup.requests=1", "--no-report")
+    with Held() as server:
+        port = str(free_port())
+        with started(tmp_path, "-H", server.url, "--web-port", port, *words, headless=False) as process:
+            wait_for(lambda: server.requests)
+            time.sleep(1.2)  # longer than the run, in the warm-up
+            server.may_answer.set()
+            output, _ = process.communicate(timeout=60)
+    told = newest(tmp_path)
+
+    assert process.returncode == 0, output
+    assert told["status"] == "finished"
+    assert told["window"]["ended_at"] - told["window"]["started_at"] >= 1
 
 
 def answers(url) -> bool:

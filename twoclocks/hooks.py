@@ -30,7 +30,7 @@ from twoclocks.masks import tells_a_secret
 from twoclocks.master import MasterSide
 from twoclocks.run_folder import refuse_existing
 from twoclocks.shapes import first_users, in_window, length_s, most_streams
-from twoclocks.web_guard import check, guard, web_password
+from twoclocks.web_guard import check, guard, only_in_turn, web_password
 from twoclocks.web_tab import add_tab
 from twoclocks.worker import WorkerSide
 from twoclocks.workload import load_workload
@@ -152,11 +152,12 @@ def on_init(environment: Environment, runner: Any, **_: Any) -> None:
     options.num_users, options.spawn_rate = users, users / max(ramp_s, 1.0)
     options.host = environment.host = settings.target.url
     environment.stop_timeout = load.drain_s
-    # the measured time begins after the warm-up, so the clock of a headless run is ours; elsewhere this fills the form
-    options.run_time = None if options.headless else round(length_s(load))
+    # the measured time begins after the warm-up, so the clock of a run is ours; elsewhere this fills the form
+    options.run_time = None if options.headless or options.autostart else round(length_s(load))
     side = MasterSide(environment, runner, options, take_ours(options), experiment, settings)
     if environment.web_ui is not None:
         add_tab(environment.web_ui, options.web_base_path, side.shown)
+        only_in_turn(environment.web_ui, side.may_begin)
 
 
 def _close_to_others(web_ui: Any, options: Any, settings: Experiment, agreed: Agreed) -> None:

@@ -85,6 +85,7 @@ class MasterSide:
         self.sender: Sender | None = None
         self.zero_ns = 0
         self.model = self.salt = ""
+        self.users = 0  # of a ramp, as was asked for last
         self.kept = 0  # lines for requests.jsonl, whether or not the disk took them
         self.fleet: Fleet | None = None  # the workers of the run, where there are any
         self.prompts: list[Prompt] = []
@@ -96,6 +97,7 @@ class MasterSide:
         environment.events.test_start.add_listener(lambda **_: self.begin())
         environment.events.test_stopping.add_listener(lambda **_: self.stopping())
         environment.events.test_stop.add_listener(lambda **_: self.end())
+        environment.events.spawning_complete.add_listener(lambda **_: self.spawned())
         environment.events.quitting.add_listener(lambda **_: self.quitting())
         environment.events.quit.add_listener(lambda **_: self.leave())
         if isinstance(runner, MasterRunner):
@@ -104,6 +106,20 @@ class MasterSide:
             runner.register_message("twoclocks_hello", self.on_hello)
 
     # begin
+
+    def may_begin(self, users: str) -> None:
+        """Whether a form of the web UI, with so many users, can be had now: Locust would end who is about to begin
+        a run, and begin one while another drains. Raises TwoclocksError.
+        """
+        load = self.experiment.load
+        if self.beginning is not None:
+            raise TwoclocksError("a run is beginning: its users can be changed once it measures")
+        if self.folder is not None and self.folder.meta["window"]["ended_at"] is not None:
+            raise TwoclocksError(f"the run before drains still, for load.drain_s = {load.drain_s:g} s at most")
+        if load.shape == "steps" and self.folder is not None:
+            raise TwoclocksError("load.shape is steps: load.steps says how many users there are, and when")
+        if load.shape == "steps" and users != str(load.steps[0][0]):
+            raise TwoclocksError(f"load.shape is steps: enter the users of the first of load.steps, {load.steps[0][0]}")
 
     def begin(self) -> None:
         """Check the target, open the run folder, start the collectors, warm up, and start the clock."""
@@ -136,6 +152,9 @@ class MasterSide:
         raise GreenletExit from None  # ends the greenlet that was about to spawn users
 
     def _begin(self) -> None:
+        if self.environment.web_ui is not None:
+            # Locust's timer runs from before the warm-up; the clock that counts is ours
+            self.environment.web_ui._cancel_run_time_timer()
         if not self.options.headless:  # the web form may have changed users, rate, host and time
             self.experiment = apply_options(
                 self.experiment, Namespace(**vars(self.options) | {"host": self.environment.host})
@@ -144,6 +163,7 @@ class MasterSide:
         self.environment.stop_timeout = experiment.load.drain_s
         self.kept = 0
         self.time_is_up, self.broken, self.refused = False, None, None
+        self.users = experiment.load.users
         if self.exporter is not None:  # of the run before, which may still await a last scrape
             self.exporter.close()
             self.exporter = None
@@ -229,9 +249,6 @@ class MasterSide:
             self.stepping = gevent.spawn(self._step, experiment.load.steps)
         if self.options.headless and self.live is None:
             self.progress = gevent.spawn(self._show_progress)
-        if self.environment.web_ui is not None:
-            # Locust's timer began before the warm-up; the clock that counts is the one above
-            self.environment.web_ui._cancel_run_time_timer()
 
     def _job(self) -> Job:
         target, collect, folder = self.experiment.target, self.experiment.collect, self.folder
@@ -324,6 +341,15 @@ class MasterSide:
         if self.folder is not None:
             self._tell(notes=[*self.folder.meta["notes"], text])
 
+    def spawned(self) -> None:
+        """All users are there; others than before, where the web UI was asked for them while the run goes on."""
+        before, self.users = self.users, self.runner.target_user_count
+        if self.folder is not None and self.experiment.load.shape == "ramp" and self.users != before:
+            self.note(
+                f"the users were changed while the run went on: {self.users:,} from {self._now():.0f} s on, "
+                f"{before:,} before; its figures are of both"
+            )
+
     def _tell(self, **changes: Any) -> None:
         """Change run.json; when that fails the run is over, as in keep()."""
         assert self.folder is not None
@@ -384,8 +410,13 @@ class MasterSide:
     def _stop_or_quit(self) -> None:
         if self.options.headless:
             self.runner.quit()
-        else:
-            self.runner.stop()
+            return
+        self.runner.stop()
+        web_ui, options = self.environment.web_ui, self.options
+        if web_ui is not None and options.autostart and options.autoquit != -1:  # by Locust's own clock, if it had one
+            gevent.sleep(options.autoquit)
+            self.runner.quit()
+            web_ui.stop()
 
     def _gather(self) -> Fleet:
         """The workers that are there, each told what this run is."""

@@ -117,6 +117,22 @@ def guard(
         _ask_for_password(web_ui, base_path or "", password)
 
 
+def only_in_turn(web_ui: Any, may_begin: Callable[[str], None]) -> None:
+    """Refuse forms that come at a wrong time. To be called before it starts.
+
+    ``may_begin`` raises TwoclocksError where a run, or other users of one, cannot be had; told the number of users.
+    """
+
+    @web_ui.app.before_request
+    def refuse() -> Response | None:
+        if request.endpoint == "locust.swarm":
+            try:
+                may_begin(request.form.get("user_count", ""))
+            except TwoclocksError as error:
+                return _refusal(web_ui, error)
+        return None
+
+
 def _netloc(origin: str) -> str | None:
     try:
         return urlsplit(origin).netloc
@@ -130,7 +146,7 @@ def _is_ours(host: str, names: set[str]) -> bool:
 
 
 def _refuse_form(web_ui: Any, may_send: Callable[[str], None], known: set[str]) -> Response | None:
-    """Locust's own words for what is wrong with a form, if something is."""
+    """What is wrong with a form, if something is."""
     unknown = sorted(request.form.keys() - known)
     try:
         if unknown:
@@ -138,8 +154,13 @@ def _refuse_form(web_ui: Any, may_send: Callable[[str], None], known: set[str]) 
         if "host" in request.form:
             may_send(request.form["host"])
     except TwoclocksError as error:
-        return jsonify({"success": False, "message": str(error), "host": web_ui.environment.host})
+        return _refusal(web_ui, error)
     return None
+
+
+def _refusal(web_ui: Any, error: TwoclocksError) -> Response:
+    """In Locust's own words."""
+    return jsonify({"success": False, "message": str(error), "host": web_ui.environment.host})
 
 
 class _User(UserMixin):  # type: ignore[misc]
