@@ -102,6 +102,16 @@ def test_tokens_stand_in_the_second_in_which_they_arrived(tmp_path):
     assert tokens == {3: 3, 4: 3, 5: 3}
 
 
+def test_a_run_that_is_over_does_not_go_on(tmp_path):
+    folder = write_folder(tmp_path / "run", [], window={"started_at": 0.0, "ended_at": 4.5})
+    (folder / "requests.jsonl").write_bytes(b"".join(ended(at) for at in (1, 2, 3, 4, 5)))
+    told = read_all(LiveRun(folder), now=99.0)
+
+    assert told["at"] == 4.5
+    assert max(told["seconds"]["at"]) == 5  # of the drain
+    assert told["seconds"]["ttft_p50"][-1] is not None
+
+
 def test_only_what_has_changed_is_told_again(tmp_path):
     folder = write_folder(tmp_path / "run", [], status="running", window={"started_at": 0.0, "ended_at": None})
     run = LiveRun(folder)

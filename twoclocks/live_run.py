@@ -205,7 +205,8 @@ class LiveRun:
             for at, gauges in scrapes:
                 self._put(int(at), **gauges)
             if not lines and not samples and not scrapes:
-                self._close(now if self.meta.status != "running" else now - LATE_S)
+                is_over = self.meta.status != "running"
+                self._close(max(self._ended, default=0) + 1 if is_over else now - LATE_S)
                 break
             if time.monotonic() > deadline:
                 break
@@ -348,7 +349,7 @@ class LiveRun:
             "run": self.folder.name,
             "seq": self.seq,
             "state": running if status == "running" else status,
-            "at": now,
+            "at": now if status == "running" or self._end is None else self._end,
             "window": {"started_at": begin, "ended_at": self._end},
             "target": self.meta.target,
             "notes": self.meta.notes,
