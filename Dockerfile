@@ -2,10 +2,12 @@
 FROM python:3.11.14-slim-bookworm AS build
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
-COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
+COPY deploy/tester.lock ./
+RUN python3 -m venv --without-pip /opt/twoclocks
+RUN python3 -m pip --python /opt/twoclocks install --no-cache-dir --require-hashes --only-binary :all: --requirement tester.lock
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY twoclocks twoclocks
-RUN python3 -m venv --without-pip /opt/twoclocks && \
-    python3 -m pip --python /opt/twoclocks install --no-cache-dir --constraint constraints.txt '.[otel]'
+RUN python3 -m pip --python /opt/twoclocks install --no-cache-dir --no-deps --no-build-isolation .
 
 FROM python:3.11.14-slim-bookworm
 COPY --from=build /opt/twoclocks /opt/twoclocks

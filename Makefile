@@ -7,6 +7,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+COMPILE = build/lock/bin/uv pip compile --quiet --universal --generate-hashes --no-annotate --python-version 3.11 \
+  --group build --custom-compile-command "make lock" pyproject.toml
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo install test lint format bench soak audit lock clean
@@ -51,12 +53,12 @@ soak: $(INSTALLED)
 audit:
 	@$(PYTHON) scripts/audit.py $(ARGS)
 
-# requirements.lock anew, with the newest versions that pyproject.toml allows: ARGS=--upgrade; else with what has changed there.
+# requirements.lock anew, with the newest versions that pyproject.toml allows: ARGS=--upgrade; else with what has changed there. And of
+# these versions what the image needs.
 lock:
 	@$(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
-	@build/lock/bin/uv pip compile --quiet --universal --generate-hashes --no-annotate --python-version 3.11 \
-	  --extra dev --group build --custom-compile-command "make lock" pyproject.toml --output-file requirements.lock $(ARGS)
-	@sed -n 's/^\([a-z0-9.-]*==[^ ;]*\).*/\1/p' requirements.lock > constraints.txt  # for the image, and for `twoclocks doctor`
+	@$(COMPILE) --extra dev --output-file requirements.lock $(ARGS)
+	@$(COMPILE) --extra otel --output-file deploy/tester.lock --constraint requirements.lock
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -86,7 +86,7 @@ class Image:
     def __init__(self, stage: Stage, folder: Path, built: dict[str, "Image"]) -> None:
         self.root, self.stage = folder, stage
         self.env, self.workdir, self.user, self.entrypoint, self.command = {"PATH": BASE_PATH}, "/", "0:0", [], []
-        self.skipped: list[str] = []  # RUN steps that need the base image's package manager
+        self.skipped: list[str] = []  # RUN steps that fetch: Debian's packages, and those of a lock file
         for name in ("usr", "etc", "proc", "dev", "tmp", "deps", "server", sys.base_prefix[1:]):
             (self.root / name).mkdir(parents=True)
         (self.root / "tmp").chmod(0o1777)
@@ -131,11 +131,11 @@ class Image:
                 shutil.copy2(ROOT / path, place)
 
     def _run(self, rest, built):
-        if "apt-get" in rest:
+        if "apt-get" in rest or "--require-hashes" in rest:
             self.skipped.append(rest)
             return
-        # What pip would install is there already; the package itself is built and installed as it says.
-        environ = self.env | {"PIP_NO_DEPS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "HOME": "/"}
+        # This environment's packages stand in for the lock's; the package itself is built and installed as it says.
+        environ = self.env | {"PYTHONPATH": "/deps", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "HOME": "/"}
         environ |= {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_"))}
         done = self.run(["sh", "-c", rest], environ=environ)
         assert done.returncode == 0, done.stdout

@@ -153,7 +153,7 @@ def test_a_port_is_free_until_somebody_listens():
 
 
 def test_pins_are_read_with_and_without_hashes(tmp_path):
-    path = tmp_path / "constraints.txt"
+    path = tmp_path / "requirements.lock"
     path.write_text("# a comment\nFlask_Login==0.6.3\nlocust==2.47.0 \\\n    --hash=sha256:0\ngit+https://x\n")
 
     assert machine.pins(path) == {"flask-login": "0.6.3", "locust": "2.47.0"}

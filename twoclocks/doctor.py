@@ -142,7 +142,7 @@ def _packages(facts: Facts) -> Finding:
         remedy = f"the tests ran with the pinned versions: {REINSTALL}; or go on, and say so when you report a bug"
         return Finding("note", "packages", f"{found}; other than pinned: {', '.join(apart)}", remedy)
     if not facts.pins:
-        return Finding("ok", "packages", f"{found}; no constraints.txt here to hold their versions against")
+        return Finding("ok", "packages", f"{found}; no requirements.lock here to hold their versions against")
     return Finding("ok", "packages", f"{found}, of the pinned versions")
 
 

@@ -33,7 +33,7 @@ from twoclocks.servers import cache_folder
 from twoclocks.start import available_memory
 
 ROOT = Path("/")
-PINS = Path(__file__).resolve().parent.parent / "constraints.txt"
+PINS = Path(__file__).resolve().parent.parent / "requirements.lock"
 STAMPS = 50
 """Messages that are sent over a loopback socket to see their stamps."""
 STAMPS_BEGIN_S = 0.5
@@ -59,7 +59,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     python: tuple[int, int, int]
     system: str  # as platform.system() has it
     release: str
-    pins: dict[str, str] = {}  # package -> the version that constraints.txt of this checkout names
+    pins: dict[str, str] = {}  # package -> the version that requirements.lock of this checkout names
     installed: dict[str, str | None] = {}  # package that twoclocks needs -> its version; None: not there
     cores: int = 1  # of the machine
     usable_cores: float = 1  # that this process may run on, by affinity and by the container's quota (cgroup v2)
@@ -154,7 +154,7 @@ def _age(sender: socket.socket, reader: socket.socket) -> float | None:
 
 
 def pins(path: Path) -> dict[str, str]:
-    """The versions that a constraints file names, by package in small letters; none without the file."""
+    """The versions that a lock file names, by package in small letters; none without the file."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:
