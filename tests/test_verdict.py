@@ -164,9 +164,22 @@ def test_kernel_stamps_hide_a_late_loop_as_long_as_no_reads_merge(tmp_path):
 
 
 def test_reads_merged_by_the_server_are_not_ours_to_blame(tmp_path):
-    together = [100_000, 0, 0, 20_000, 20_000, 20_000, 20_000, 20_000]
+    few = [100_000, 0, 0, 20_000, 20_000, 20_000, 20_000, 20_000]
+    most = [100_000, 0, 0, 0, 20_000, 0, 0, 0]  # as with speculation: the median gap is none
+    whole = [100_000, *[0] * 7]
 
-    assert reasons(tmp_path, plain(chunk_us=together), [second(at) for at in range(1, 10)])[0] == "VALID"
+    for number, together in enumerate((few, most, whole)):
+        told = reasons(tmp_path / str(number), plain(chunk_us=together), [second(at) for at in range(1, 10)])
+        assert told == ("VALID", {})
+
+
+def test_a_late_loop_is_seen_where_a_server_sends_most_tokens_together(tmp_path):
+    together = [100_000, 0, 0, 0, 20_000, 0, 0, 0]
+    kernel = reasons(tmp_path / "k", plain(chunk_us=together), [second(at, lag=0.04) for at in range(1, 10)])[1]
+    fields = {"chunk_us": together, "timestamp_source": "user"}
+    user = reasons(tmp_path / "u", plain(**fields), [second(at, lag=0.015) for at in range(1, 10)])[1]
+
+    assert (list(kernel), list(user)) == (["loop_lag"], ["loop_lag"])
 
 
 def test_answers_may_be_short_where_nobody_said_how_long_they_are(tmp_path):
@@ -197,6 +210,24 @@ def test_connecting_is_no_late_send(tmp_path):
 @pytest.mark.parametrize(("count", "level"), [(99, "SUSPECT"), (100, "VALID")])
 def test_a_p99_needs_a_hundred(tmp_path, count, level):
     assert reasons(tmp_path, plain(count))[0] == level
+
+
+@pytest.mark.parametrize(
+    ("with_tokens", "told"),
+    [(0, "none of the 200 requests that ended ok brought a token"), (99, "99 requests are too few"), (100, None)],
+)
+def test_only_answers_with_a_token_make_a_p99(tmp_path, with_tokens, told):
+    def has_tokens(index):
+        return index >= 200 - with_tokens
+
+    fields = {
+        "chunk_kinds": lambda index: [("content" if has_tokens(index) else "finish", 8)],
+        "output_tokens": lambda index: 8 * has_tokens(index),
+    }
+    level, found = reasons(tmp_path, plain(**fields))
+
+    assert (level, list(found)) == (("SUSPECT", ["too_few"]) if told else ("VALID", []))
+    assert all(found["too_few"]["reason"].startswith(text) for text in filter(None, [told]))
 
 
 def test_lost_records_and_a_kill_are_told(tmp_path):
@@ -246,6 +277,12 @@ def test_others_on_the_server_are_seen_in_its_counters(tmp_path, first_tokens, l
     assert told == level
     if found:
         assert found["foreign_traffic"]["figure"] == pytest.approx((first_tokens - 200) / first_tokens)
+
+
+def test_several_choices_that_a_request_file_asks_for_are_no_strangers(tmp_path):
+    counters(tmp_path, 400)
+
+    assert reasons(tmp_path, plain(chunk_choice=[[0, 4], [1, 4]])) == ("VALID", {})
 
 
 @pytest.mark.parametrize(("finished", "level"), [(199, "VALID"), (150, "SUSPECT")])

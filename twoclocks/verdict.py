@@ -42,10 +42,12 @@ def _nothing_ok(run: Run) -> Reason | None:
 
 def _too_few(run: Run) -> Reason | None:
     """A p99 of fewer than a hundred values is their maximum."""
-    count = len(run.ok)
-    if count == 0 or count >= MIN_FOR_P99:
+    count = int(run.ok["ttft"].notna().sum())  # an answer may end without a token
+    if run.ok.empty or count >= MIN_FOR_P99:
         return None
     text = f"{count} requests are too few for a p99: it is little more than the slowest one"
+    if not count:
+        text = f"none of the {len(run.ok):,} requests that ended ok brought a token, so that there is no latency"
     return Reason(
         "SUSPECT", "too_few", text, count, f"measure for longer, until {MIN_FOR_P99} requests or more have ended"
     )

@@ -19,9 +19,10 @@ CLOCK_SET_S, CLOCK_SLEW = 0.5, 0.001  # a clock that is disciplined moves by les
 def loop_lag(run: Run) -> Reason | None:
     """A late loop reads late. Kernel stamps hide that until the reads of one stream lag by more than a gap."""
     lag = _lags(run)
-    gap = _quantile(run.gaps.seconds, 0.5)
-    if not len(lag) or np.isnan(gap):
+    gaps = run.gaps.seconds
+    if not len(lag) or not len(gaps):
         return None
+    gap = _quantile(gaps[gaps > 0], 0.5) if gaps.any() else 0.0  # of tokens that a server sends together there is none
     p99 = _quantile(lag, 0.99)
     if (run.ok["timestamp_source"] != "kernel").mean() > USER_STAMPS_SHARE:
         # user-space stamps are late by what the loop is late; a tenth of a gap bends its percentiles visibly
@@ -30,7 +31,7 @@ def loop_lag(run: Run) -> Reason | None:
         text = f"the event loop, which stamped the arrivals, was up to {p99 * 1e3:.1f} ms late (p99)"
     else:
         merged = _merged_share(run)
-        if p99 <= gap or merged <= MERGED_SHARE:
+        if not gap or p99 <= gap or merged <= MERGED_SHARE:
             return None
         late = f"the event loop was up to {p99 * 1e3:.1f} ms late (p99), longer than a gap"
         text = f"{late}, and {merged:.1%} of the tokens were read together with others"

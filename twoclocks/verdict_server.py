@@ -108,4 +108,6 @@ def short_outputs(run: Run) -> Reason | None:
 
 
 def _is_n(run: Run) -> bool:
-    return bool(((run.experiment.get("target") or {}).get("extra_body") or {}).get("n", 1) != 1)
+    """Were several choices asked for, by the experiment or by a line of the request file?"""
+    body = (run.experiment.get("target") or {}).get("extra_body") or {}
+    return bool(body.get("n", 1) != 1 or run.requests["chunk_choice"].notna().any())
