@@ -136,7 +136,9 @@ def test_they_are_counted_apart_everywhere(tmp_path):
     assert [(row["kind"], row["count"]) for row in summary["errors"]] == [("reset", 4), ("stopped", 1)]
     assert "Failed or cut off 5: 4 reset" in text
     assert "Left by their users 30 hung up on, as drawn; 10 given up for want of a first token" in text
-    assert "p86.7 and above lie beyond workload.patience_s" in text  # 10 of 75
+    # 10 of the 70 who got a first token or gave up waiting for it: of the 5 that failed nobody knows
+    assert "10 of 75 requests (13.3%) gave up" in text
+    assert "TTFT is that of 60 others; of these together, p85.7 and above lie beyond workload.patience_s" in text
     assert "4 failed, 1 cut off, 40 left by their users" in page
     assert (bench["completed"], bench["failed"]) == (60, 5)
     assert bench["request_goodput"] * bench["duration"] == pytest.approx(50)

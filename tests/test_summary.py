@@ -192,8 +192,40 @@ def test_an_empty_run_and_a_failed_run_still_have_a_summary(tmp_path):
     assert "[bold]markup[/bold]" in text
 
 
+def test_a_killed_run_tells_how_many_requests_were_in_flight(tmp_path):
+    """In a closed loop one a user; in an open one a single user sends all, so that the last second of each tells."""
+    seconds = [(1.0, 0, 3), (1.1, 1, 4), (2.0, 0, 17), (2.1, 1, 25)]
+    rest = {"loop_lag_s": [], "cpu_s": 0.1, "wall_s": 1.0}
+    lines = [json.dumps({"at": at, "worker": worker, "in_flight": count} | rest) for at, worker, count in seconds]
+    records = [record(f"{number:032x}", user=number % 3) for number in range(9)]
+
+    told = []
+    for name, shape, samples in (("closed", "ramp", lines), ("open", "rate", lines), ("early", "rate", [])):
+        folder = write_folder(tmp_path / name, records, status="running")
+        (folder / "experiment.yaml").write_text(f"load: {{shape: {shape}}}\n")
+        (folder / "self_samples.jsonl").write_text("".join(f"{line}\n" for line in samples))
+        told.append(summarise(twoclocks.load_run(folder))["partial"].partition("; ")[2])
+
+    assert [text.partition(" were in flight")[0] for text in told] == [
+        "up to 3 requests, one a user,",
+        "about 42 requests, as the load generator last told,",
+        "an unknown number of requests",
+    ]
+
+
+def test_answers_without_a_token_are_told(tmp_path):
+    whole = {"chunk_us": [100_000], "chunk_kinds": [("content", 1)], "output_tokens": 1}
+    empty = {"chunk_us": [100_000], "chunk_kinds": [("finish", 1)], "output_tokens": 1}
+    records = [record(f"{number:032x}", **(empty if number < 2 else whole)) for number in range(6)]
+    summary = summarise(twoclocks.load_run(write_folder(tmp_path / "r", records)))
+
+    assert (summary["figures"]["ok"]["value"], summary["figures"]["ttft"]["n"]) == (6, 4)
+    assert any(note.startswith("2 of 6 requests ended ok without a single token.") for note in summary["notes"])
+
+
 def test_lost_records_are_told(tmp_path):
-    run = twoclocks.load_run(write_folder(tmp_path / "r", [record()], lost_records=4, notes=["told to the user"]))
+    one = record(chunk_us=[1000], chunk_kinds=[("content", 1)], output_tokens=1)
+    run = twoclocks.load_run(write_folder(tmp_path / "r", [one], lost_records=4, notes=["told to the user"]))
 
     assert summarise(run)["notes"] == [
         "told to the user",

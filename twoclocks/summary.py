@@ -17,7 +17,7 @@ from twoclocks.breakdown import client_vs_server, cut_up, decode_row, stage_rows
 from twoclocks.calibration import Calibration, calibration_of, error_bars
 from twoclocks.checks import checks, joined
 from twoclocks.clocks import CLOCKS, METRICS, PAGE, SILENCES, silences
-from twoclocks.figures import client_figures, level_figures, output_throughput, slo
+from twoclocks.figures import client_figures, is_open, level_figures, output_throughput, slo
 from twoclocks.fleet_summary import worker_lines
 from twoclocks.gpu_summary import DEFINITIONS as GPU_DEFINITIONS
 from twoclocks.gpu_summary import gpu_figures
@@ -174,8 +174,14 @@ def _partial(run: Run) -> str | None:
         return None
     if run.meta.get("status") in ("interrupted", "failed"):
         return "Stopped before its time; every request that it had sent is in these figures."
-    users = run.requests.loc[run.requests["phase"] != "warmup", "user"].nunique()
-    flying = f"up to {users} requests, one a user," if users else "an unknown number of requests"
+    flying = "an unknown number of requests"
+    if is_open(run):
+        seconds = run.self_samples.dropna(subset="in_flight")
+        if len(seconds):
+            last = int(seconds.groupby("worker")["in_flight"].last().sum())
+            flying = f"about {last:,} requests, as the load generator last told,"
+    elif users := run.requests.loc[run.requests["phase"] != "warmup", "user"].nunique():
+        flying = f"up to {users} requests, one a user,"
     return f"Partial: the run was killed or is still going on; {flying} were in flight and are not in these figures."
 
 
@@ -193,11 +199,17 @@ def _notes(run: Run) -> list[str]:
             "server with a longer context."
         )
     gave_up, judged = int((run.judged["error_kind"] == GAVE_UP).sum()), len(run.judged)
+    got = int(run.ok["ttft"].notna().sum())
     if gave_up:
         told.append(
             f"The users of {gave_up:,} of {judged:,} requests ({gave_up / judged:.1%}) gave up waiting for a first "
-            f"token. TTFT is that of the others; of all, p{100 * (1 - gave_up / judged):.3g} and above lie beyond "
-            "workload.patience_s."
+            f"token. TTFT is that of {got:,} others; of these together, p{100 * got / (got + gave_up):.3g} and above "
+            "lie beyond workload.patience_s."
+        )
+    if silent := len(run.ok) - got:
+        good = ", and good by the SLO, of which they have nothing to miss" if slo_limits(run.experiment) else ""
+        told.append(
+            f"{silent:,} of {len(run.ok):,} requests ended ok without a single token. They are in no latency{good}."
         )
     if run.log_series:
         told.append(f"Times in the server's log that name no zone were read as {run.log_series[0].zone}.")
