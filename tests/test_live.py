@@ -12,12 +12,13 @@ import threading
 import pytest
 from fake_server import FakeServer, plain_answer
 from locust_runs import LOCUST, ROOT, read, run
-from make_run import record
+from make_run import record, write_folder
 from rich.console import Console
 
 from twoclocks.experiment import Load
 from twoclocks.gauges import ServerGauges
 from twoclocks.live import LONGEST, Figures, Moment, due_rate, lines, load_words, progress
+from twoclocks.load import load_run
 from twoclocks.record import encode_record
 
 
@@ -46,6 +47,31 @@ def test_figures_are_those_of_the_last_ten_seconds():
     assert recent.ttft_p95 == pytest.approx(0.194, abs=1e-3)
     assert recent.tpot_p50 == pytest.approx(0.02)
     assert figures.recent(now=4.0, began=2.0).requests_per_s == pytest.approx(108 / 2)  # ended since second 2
+
+
+def test_time_per_token_is_that_of_the_report(tmp_path):
+    """Of chunks of several tokens, and of several choices, whose tokens come at the same time."""
+    answers = {
+        "several tokens": {
+            "chunk_us": [50_000, 50_000, 60_000, 60_000],
+            "chunk_kinds": [("role", 1), ("content", 3)],
+            "chunk_tokens": [0, 4, 4, 4],
+            "output_tokens": 12,
+        },
+        "several choices": {
+            "chunk_us": [100_000, 0, 20_000, 0, 20_000, 0],
+            "chunk_kinds": [("content", 6)],
+            "chunk_choice": [(0, 1), (1, 1)] * 3,
+            "output_tokens": 6,
+        },
+    }
+    for name, fields in answers.items():
+        one = record(**fields)
+        figures = Figures()
+        figures.add(encode_record(one), "requests.jsonl")
+        reported = load_run(write_folder(tmp_path / name, [one])).requests["tpot"].item()
+
+        assert figures.recent(2.0, 0.0).tpot_p50 == pytest.approx(reported), name
 
 
 def test_memory_is_bounded_and_a_higher_rate_is_still_told_right():

@@ -26,7 +26,7 @@ from rich.text import Text
 from twoclocks.errors import plain
 from twoclocks.experiment import Load
 from twoclocks.gauges import ServerGauges
-from twoclocks.record import LEFT, Kind, token_span_s
+from twoclocks.record import LEFT, TOKEN_KINDS, Kind, token_span_s
 from twoclocks.shapes import length_s
 
 REFRESH_S = 1.0
@@ -48,6 +48,8 @@ class _Ended(msgspec.Struct):
     ended_at: float
     chunk_us: list[int] = []
     chunk_kinds: list[tuple[Kind, int]] = []
+    chunk_tokens: list[int | None] | None = None
+    chunk_choice: list[tuple[int, int]] | None = None
     output_tokens: int | None = None
     error_kind: str | None = None
 
@@ -110,7 +112,9 @@ class Figures:
         ttft = tpot = None
         if span is not None and ended.status == "ok":
             ttft = span[0]
-            tpot = (span[1] - span[0]) / (tokens - 1) if tokens > 1 else None
+            choices = 1 + max((choice for choice, _ in ended.chunk_choice or ()), default=0)
+            later = tokens - choices * _first_tokens(ended)
+            tpot = choices * (span[1] - span[0]) / later if later > 0 else None  # as if all choices kept step
         self._newest.append((ended.ended_at, ttft, tpot, tokens))
 
     def recent(self, now: float, began: float) -> Recent:
@@ -263,6 +267,16 @@ def _terminal_handlers() -> Iterator["logging.StreamHandler[Any]"]:
     for handler in handlers:
         if type(handler) is logging.StreamHandler and handler.stream.isatty():
             yield handler
+
+
+def _first_tokens(ended: _Ended) -> int:
+    """Tokens of the first token chunk, one where nobody says."""
+    place = 0
+    for kind, run in ended.chunk_kinds:
+        if kind in TOKEN_KINDS:
+            break
+        place += run
+    return (ended.chunk_tokens[place] if ended.chunk_tokens else None) or 1
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float | None:
