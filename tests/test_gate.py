@@ -2,9 +2,11 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pytest
 from make_run import make_run, record, run_of_ttfts, write_folder
 from scipy import stats
@@ -197,6 +199,20 @@ def test_too_few_requests_say_how_many_it_takes(runs):
     assert found.value == pytest.approx(np.percentile(runs["same-20"].ok["ttft"], 95))
 
 
+@pytest.mark.parametrize(
+    ("requests", "gaps", "told"),
+    [(10, 20, "200 gaps are too few for an interval of itl.p99: it takes 368"),
+     (4, 150, "4 requests are too few for an interval of itl.p99: it takes 5")],
+)  # fmt: skip
+def test_too_few_gaps_are_not_told_as_requests(tmp_path, requests, gaps, told):
+    chunks = {"chunk_us": [100_000, *[20_000] * gaps], "chunk_kinds": [("content", gaps + 1)]}
+    records = [record(f"{number:032x}", **chunks) for number in range(requests)]
+    run = twoclocks.load_run(write_folder(tmp_path / "r", records))
+    found = judge(parse("itl.p99 <= 50 ms"), [run], [run], bars={}, invalid=[])
+
+    assert (found.outcome, found.reason) == ("not enough data", told)
+
+
 def test_no_errors_among_few_requests_are_no_promise(runs):
     found = judge(parse("error_rate <= 0.1%"), [runs["base-200"]], [runs["same-200"]], bars={}, invalid=[])
 
@@ -325,6 +341,22 @@ def test_intervals_of_throughput_hold_the_truth_of_a_closed_loop():
         held.append(interval.low <= truth <= interval.high)
 
     assert 0.9 <= np.mean(held) <= 0.995
+
+
+def test_intervals_of_throughput_hold_the_truth_of_an_open_loop():
+    """Poisson arrivals of long streams, whose tokens fall into neighbouring stretches."""
+    rng = np.random.default_rng(6)
+    held = []
+    for rate, seconds, end in [(2.0, 10.0, 120.0), (5.0, 5.0, 60.0)] * 200:
+        ok, load = pd.DataFrame({"e2e": [seconds]}), {"shape": "rate"}
+        run = SimpleNamespace(window=(0.0, end), ok=ok, experiment={"load": load})
+        begun = rng.uniform(-seconds, end, rng.poisson(rate * (end + seconds)))
+        at = (begun[:, None] + np.linspace(0, seconds, 50)).ravel()
+        rates = samples.rates(run, at, np.ones(len(at)))
+        interval = samples.measured(Sample("output_throughput", "tokens/s", "", [rates]), "mean")
+        held.append(interval.low <= rate * 50 <= interval.high)
+
+    assert 0.9 <= np.mean(held) <= 0.99
 
 
 # the command

@@ -35,10 +35,12 @@ INTERVAL = (
     "Difference: this side's figure - the first side's. Interval: 95 %, by bootstrap "
     f"({intervals.RESAMPLES} draws, seed {intervals.SEED}). Where both sides sent the same {samples.PROMPTS} prompts "
     "or more it is paired: both are drawn with the same prompts, so that what makes one prompt slower than another "
-    "cancels out. Of one or two runs a side it tells how far chance among these requests reaches, not what another "
-    f"day would bring; from {intervals.REPEATS} repeats a side on, what runs scatter is in it. Requests that queue "
-    "behind each other are not wholly independent, so that an interval under heavy load is rather too narrow. None "
-    f"is given of fewer than {', '.join(f'{intervals.least(name)} ({name})' for name in DIFFERENCES)} requests."
+    "cancels out. Difference and interval are then of the prompts that both answered, while the figures side by side "
+    "are of all requests. Of one or two runs a side an interval tells how far chance among these requests reaches, not "
+    f"what another day would bring; from {intervals.REPEATS} repeats a side on, what runs scatter is in it. Requests "
+    "that queue behind each other are not wholly independent, so that an interval under heavy load is rather too "
+    "narrow. None is given of fewer than "
+    f"{', '.join(f'{intervals.least(name)} ({name})' for name in DIFFERENCES)} requests."
 )
 MANY_INTERVALS = (
     "The intervals stand each for itself and are not corrected for their number: with nothing changed at all, about "

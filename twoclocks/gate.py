@@ -307,7 +307,10 @@ def _too_few(gate: Gate, sides: Sequence[Sample]) -> tuple[str, str | None]:
     needed, count = intervals.least(gate.statistic), min(side.requests for side in sides)
     if gate.metric in SHARES:
         return "a share of none has no ratio", "give an absolute limit, such as error_rate <= 0.1%"
-    what = "stretches of time, each as long as a request," if gate.metric in THROUGHPUTS else "requests"
+    what = "stretches of time, each as long as a request or two," if gate.metric in THROUGHPUTS else "requests"
+    if any(side.units is not None for side in sides):  # of a request with many values neither may be too few
+        gaps = min(sum(map(len, side.values)) for side in sides)
+        needed, count, what = (needed, gaps, "gaps") if gaps < needed else (intervals.LEAST, count, what)
     if count >= needed:
         return "a figure that is not above zero has no ratio", "give an absolute limit"
     more = "measure for longer" if gate.metric in THROUGHPUTS else f"measure until {needed} or more have ended"

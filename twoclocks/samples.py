@@ -16,7 +16,7 @@ from twoclocks import intervals, metrics
 from twoclocks.calibration import calibration_of, error_bars
 from twoclocks.clocks import CLOCKS
 from twoclocks.clocks import METRICS as TOLD
-from twoclocks.figures import arrived
+from twoclocks.figures import arrived, shape_of
 from twoclocks.intervals import Interval
 from twoclocks.levels import wilson
 from twoclocks.load import Run
@@ -46,7 +46,9 @@ CALIBRATED = ("ttft", "tpot", "itl", "itl_mean", "e2e", *BARS)
 """Metrics that have an error bar where the instrument was calibrated."""
 BLOCKS = 40
 """Parts of a measuring window at most, of which the interval of a throughput is made; none is shorter than a request
-(its median E2E), so that neighbours say little of each other (batch means: Law, Simulation Modeling and Analysis)."""
+(its median E2E), so that neighbours say little of each other (batch means: Law, Simulation Modeling and Analysis).
+Where requests arrive by a clock none is shorter than two: the tokens of each fall into two neighbours, and no user who
+waits for an answer before the next makes up for it."""
 PROMPTS = 20
 """Prompts in common from which runs are paired by them: of fewer, little is known of other prompts."""
 IN_COMMON = 0.9
@@ -190,9 +192,10 @@ def _throughput(runs: Sequence[Run], metric: str, seconds: float) -> Sample:
 
 
 def stretches(run: Run) -> int:
-    """Into how many parts a measuring window is cut: BLOCKS at most, none shorter than a request."""
+    """Into how many parts a measuring window is cut: BLOCKS at most, none shorter than a request, or two."""
     start, end = run.window
     longest = max(float(run.ok["e2e"].dropna().median()), 1e-3) if run.ok["e2e"].notna().any() else 1e-3
+    longest *= 2 if shape_of(run) in ("rate", "trace") else 1
     return max(1, min(BLOCKS, int((end - start) / longest))) if end > start else 0
 
 
