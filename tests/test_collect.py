@@ -337,6 +337,16 @@ def test_the_first_model_is_named():
         assert resolve(Target(url=server.url, model="mine")) == ("mine", None)
 
 
+def test_a_server_whose_words_are_not_utf_8_has_no_version_and_no_model():
+    with FakeServer() as server:
+        server.pages |= {"GET /version": response(200, b'{"version": "\xff"}')}
+        assert resolve(Target(url=server.url)) == ("fake-model", None)
+
+        server.pages |= {"GET /v1/models": response(200, b'{"data": [{"id": "\xff"}]}')}
+        with pytest.raises(TargetError, match=r"names no model; name it with --set target.model=NAME"):
+            resolve(Target(url=server.url))
+
+
 def test_an_unreachable_target_says_how_to_go_on():
     with pytest.raises(TargetError, match=r"not reachable .* -H http://HOST:PORT"):
         resolve(Target(url="http://127.0.0.1:9"))

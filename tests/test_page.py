@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twoclocks.page import PageReader, parse_page
+from twoclocks.page import MAX_LINE_CHARS, MAX_LINES, PageReader, parse_page
 
 DATA = Path(__file__).parent / "data"
 
@@ -111,6 +111,17 @@ def test_odd_pages_are_read_alike(text):
     reader = PageReader()
     for page in (text, text, text.replace("5", "6").replace("1", "7"), text):
         check(reader, page)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("a 1\n" * (MAX_LINES + 1), "300,000 lines"), ('a{x="' + MAX_LINE_CHARS * "y" + '"} 1\n', "65,536 characters")],
+)
+def test_a_page_that_takes_too_much_to_read_is_not_read(monkeypatch, text, problem):
+    monkeypatch.setattr("twoclocks.page.parse_page", lambda text: pytest.fail("was read"))
+
+    with pytest.raises(ValueError, match=problem):
+        PageReader().read(text)
 
 
 names = st.sampled_from(["a", "b", "a_total", "a_bucket", "a_sum", "a_count", "b_total", "c:d", "1x", ""])

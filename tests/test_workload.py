@@ -149,6 +149,13 @@ def test_a_hostile_line_is_named(tmp_path, line, expected):
         prompts_of(tmp_path, {"prompt": "fine"}, line + "\n")
 
 
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "Grüße"}\n'.encode("latin-1"))
+
+    with pytest.raises(ExperimentError, match=r"latin.jsonl line 1: is not UTF-8"):
+        load_prompts(tmp_path / "latin.jsonl", "chat")
+
+
 # what passes through untouched
 
 

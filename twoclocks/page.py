@@ -11,6 +11,11 @@ from prometheus_client.parser import text_string_to_metric_families
 Key = tuple[str, tuple[tuple[str, str], ...]]
 Series = dict[Key, float]
 
+MAX_LINES = 300_000
+"""Of a page: a hundred thousand series, and what is said of them. A million take minutes and most of a GB to read."""
+MAX_LINE_CHARS = 64 * 1024
+"""Reading a line takes a hundred times its length."""
+
 _LABEL = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\.)*"'
 _PLAIN = re.compile(
     rf"([a-zA-Z_:][a-zA-Z0-9_:]*(?:\{{(?:{_LABEL}(?:,{_LABEL})*,?)?\}})?)"
@@ -47,7 +52,11 @@ class PageReader:
 
     def read(self, text: str) -> tuple[Series, dict[str, str]]:
         """(value of each series, type of each family). Raises ValueError."""
+        if text.count("\n") > MAX_LINES:
+            raise ValueError(f"a page of more than {MAX_LINES:,} lines")
         lines = text.split("\n")
+        if max(map(len, lines)) > MAX_LINE_CHARS:
+            raise ValueError(f"a page with a line of more than {MAX_LINE_CHARS:,} characters")
         if self._same_but_values(lines):
             return dict(self._series), self._types
         self._lines = []

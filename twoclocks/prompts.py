@@ -56,6 +56,8 @@ def _prompt(line: bytes, number: int, path: Path, api: str) -> Prompt:
     where = f"{path} line {number}"
     try:
         raw = msgspec.json.decode(line)
+    except UnicodeDecodeError:
+        raise ExperimentError(f"{where}: is not UTF-8; save the file in that encoding") from None
     except (msgspec.DecodeError, RecursionError) as error:
         raise ExperimentError(f"{where}: is not JSON: {error}") from None
     if not isinstance(raw, dict):

@@ -49,7 +49,7 @@ def _version(client: httpx.Client, target: Target) -> str | None:
         raise TargetError(f"{target.url}: not reachable ({_reason(error, target)}); {how}") from None
     try:
         version = msgspec.json.decode(body, type=dict[str, object]).get("version")
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     return str(version)[:MAX_NAME_CHARS] if 200 <= status < 300 and version else None
 
@@ -68,7 +68,7 @@ def _first_model(client: httpx.Client, target: Target) -> str:
     try:
         models = msgspec.json.decode(body)["data"]
         return str(models[0]["id"])[:MAX_NAME_CHARS]
-    except (msgspec.DecodeError, RecursionError, KeyError, IndexError, TypeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, IndexError, TypeError):
         raise TargetError(f"{target.url}/v1/models: names no model; {how}") from None
 
 
