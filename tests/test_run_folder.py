@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import resource
 from datetime import datetime
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from twoclocks.errors import RunFolderError, TwoclocksError
 from twoclocks.experiment import Experiment
 from twoclocks.record import Record, encode_record, read_records
-from twoclocks.run_folder import RunFolder, first_meta, make_folder
+from twoclocks.run_folder import RESERVE_BYTES, RunFolder, first_meta, make_folder
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 RECORD = Record(
@@ -51,6 +52,27 @@ def test_a_full_disk_leaves_whole_lines_and_the_others_are_counted(tmp_path):
     assert [path.name for path in sorted(folder.path.iterdir())] == [
         "experiment.yaml", "requests.jsonl", "self_samples.jsonl",
     ]  # fmt: skip
+
+
+def test_records_that_fill_the_disk_again_leave_room_for_the_last_run_json(tmp_path, monkeypatch):
+    folder = RunFolder.create(Experiment(output=str(tmp_path)))
+    replace, taken = folder._replace_meta, 0
+
+    def free():
+        return RESERVE_BYTES - os.fstat(folder._reserve.fileno()).st_blocks * 512 - taken
+
+    def replace_if_there_is_room(text):
+        if free() < len(text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(text)
+
+    monkeypatch.setattr(folder, "_replace_meta", replace_if_there_is_room)
+    for status in ("running", "stopping", "finished"):
+        folder.write_meta(status=status)
+        taken += free()
+    folder.close()
+
+    assert json.loads((folder.path / "run.json").read_text())["status"] == "finished"
 
 
 def test_a_disk_without_room_for_a_last_word_is_told_before_the_load(tmp_path, monkeypatch):

@@ -25,8 +25,8 @@ from twoclocks.errors import RunFolderError, TwoclocksError
 from twoclocks.experiment import Experiment, to_yaml
 from twoclocks.masks import masked_word
 
-RESERVE_BYTES = 256 * 1024
-"""Of the disk, given back when it is full: what run.json says then matters most."""
+RESERVE_BYTES, LEAST_BYTES = 256 * 1024, 16 * 1024
+"""Of the disk, given back by halves when it is full, and what is left at last: what run.json says then matters most."""
 
 
 class RunFolder:
@@ -42,6 +42,7 @@ class RunFolder:
         except OSError:
             self.close()
             raise
+        self._kept_bytes = RESERVE_BYTES
         self.meta: dict[str, Any] = {}
         self.unwritten = Counter[str]()  # lines that the disk did not take, of each file
 
@@ -75,14 +76,16 @@ class RunFolder:
         """Replace run.json by what is known so far. Raises TwoclocksError when the disk does not take it."""
         self.meta |= changes
         text = msgspec.json.format(msgspec.json.encode(self.meta), indent=2) + b"\n"
-        try:
+        while True:
             try:
                 self._replace_meta(text)
-            except OSError:
-                self._reserve.close()
-                self._replace_meta(text)
-        except OSError as error:
-            raise TwoclocksError(f"{self.path / 'run.json'}: cannot be written: {error.strerror}") from None
+                return
+            except OSError as error:
+                if not self._kept_bytes:
+                    raise TwoclocksError(f"{self.path / 'run.json'}: cannot be written: {error.strerror}") from None
+                # half of it, since this need not be the last, and until then records take what is free
+                self._kept_bytes = self._kept_bytes // 2 if self._kept_bytes > LEAST_BYTES else 0
+                self._reserve.truncate(self._kept_bytes)
 
     def _replace_meta(self, text: bytes) -> None:
         new = self.path / "run.json.new"
