@@ -73,6 +73,7 @@ def test_workers_end_with_a_master_whose_run_was_stopped_in_the_page(tmp_path):
         process.wait(60)
 
         assert len(workers) >= 2
+        assert not [note for note in read(tmp_path)[1]["notes"] if "worker" in note]  # nothing befell any of them
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 30)  # left alone: 60 s
 
 

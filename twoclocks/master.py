@@ -484,6 +484,8 @@ class MasterSide:
                 greenlet.kill(block=False)
         if self.sender is not None:
             self.sender.over.set()
+        if self.fleet is not None:
+            self.fleet.is_ending = True  # from now on workers are done one after the other
         if self.folder.meta["window"]["ended_at"] is None:
             self._tell(window=self.folder.meta["window"] | {"ended_at": self._now()})
         if self.beginning is not None and self.beginning is not gevent.getcurrent():
