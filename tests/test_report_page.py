@@ -7,9 +7,10 @@ import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browser import CHROMIUM, PATIENCE_S, browser
-from make_run import make_run, record, write_folder
+from make_run import make_run, record, run_of_ttfts, write_folder
 from matplotlib.image import imread
 
 import twoclocks
@@ -176,6 +177,23 @@ def test_every_chart_can_be_saved_for_a_paper(built, page, tmp_path):
         assert time.monotonic() < deadline, list(tmp_path.iterdir())
         time.sleep(0.05)
     assert imread(saved[0]).shape[1] == 3 * 960
+
+
+NUMBERS = r"""[...document.querySelectorAll('figure[data-chart={}]')].map((one) =>
+  [...one.querySelectorAll('.plot svg text')].map((one) => one.textContent).filter((one) => /^[\d,.]+$/.test(one)))"""
+
+
+@needs_browser
+def test_axes_have_numbers_and_round_ones(built, page, tmp_path):
+    wide = run_of_ttfts(tmp_path / "wide", np.geomspace(0.06, 1.8, 40))  # not two powers of ten
+    report.build(wide)
+    page.open(wide / "report.html")
+    of_curves = page.ask(NUMBERS.format("ecdf"))
+    page.open(built.html)
+    of_violins = page.ask(NUMBERS.format("violin"))
+
+    assert min(map(len, of_curves)) >= 3, of_curves
+    assert not [text for texts in of_violins for text in texts if re.search(r"\.\d{3}", text)]
 
 
 @needs_browser

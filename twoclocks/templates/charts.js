@@ -33,8 +33,9 @@ function base(look, more) {
     tooltip: { renderMode: "richText", confine: true, backgroundColor: look.paper, borderColor: look.quiet,
       textStyle: { color: look.ink, fontSize: 12, fontFamily: FONT }, ...more.tooltip } };
 }
-const msAxis = (look, log, low, high, name) => axis(look, { type: log ? "log" : "value", min: low, max: high, name,
-  nameLocation: "middle", nameGap: 26, axisLabel: { color: look.quiet, hideOverlap: true, formatter: axisNumber, showMaxLabel: false, showMinLabel: !log } });
+// powers of ten alone would leave a short axis with one label; where it does not begin at 0 or a power, it begins anywhere
+const msAxis = (look, log, low, high, name) => axis(look, { type: log ? "log" : "value", logBase: high / low < 300 ? 2 : 10, min: low, max: high, name,
+  nameLocation: "middle", nameGap: 26, axisLabel: { color: look.quiet, hideOverlap: true, formatter: axisNumber, showMaxLabel: false, showMinLabel: !log && !low } });
 
 // Each builder: (numbers, look) -> {option, legend: [{name, colour, shape}], height}
 const BUILD = {
