@@ -132,6 +132,8 @@ def test_without_the_password_there_is_nothing_but_the_login(closed_ui):
         assert (told.status_code, told.headers["location"].partition("?")[0]) == (302, "/login"), path
     for path in ("/swarm", "/stop", "/stats/reset"):
         assert httpx.post(closed_ui + path).headers["location"].startswith("/login"), path
+    odd = httpx.post(f"{closed_ui}/swarm", data={"host": "no address", "csv": "x"})
+    assert odd.headers["location"].startswith("/login")  # and not what is wrong with it, and where the load goes
     assert httpx.get(f"{closed_ui}/login", headers={"Host": "load.example"}).status_code == 200  # any name will do
 
 

@@ -103,6 +103,7 @@ def test_a_form_cannot_break_a_run_that_warms_up_or_drains(tmp_path):
         assert swarm(url, 1, host=server.url, run_time="1s")["success"]
         wait_for(lambda: server.requests)
         in_warmup = swarm(url, 3)
+        logged = "".join(httpx.get(f"{url}/logs").json()["master"])
         time.sleep(1.2)  # a clock that began before the warm-up would end the run in it
         server.may_answer.set()
         wait_for(lambda: newest(tmp_path)["window"]["started_at"])
@@ -121,6 +122,7 @@ def test_a_form_cannot_break_a_run_that_warms_up_or_drains(tmp_path):
 
     assert (in_warmup["success"], in_drain["success"]) == (False, False)
     assert "a run is beginning" in in_warmup["message"]
+    assert in_warmup["message"] in logged  # the form that changes users shows nothing of it
     assert "drains still" in in_drain["message"]
     assert first["status"] == "finished"
     assert first["window"]["ended_at"] - first["window"]["started_at"] >= 1

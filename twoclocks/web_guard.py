@@ -6,6 +6,7 @@ it, asks for a password.
 """
 
 import hmac
+import logging
 import os
 import secrets
 import threading
@@ -16,11 +17,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from flask import Response, abort, jsonify, redirect, request, session, url_for
-from flask_login import LoginManager, UserMixin, login_user
+from flask_login import LoginManager, UserMixin, current_user, login_user
 
-from twoclocks.errors import ExperimentError, TwoclocksError
+from twoclocks.errors import ExperimentError, TwoclocksError, plain
 from twoclocks.hosts import address_of, is_near_name, is_wide, shown
 
+log = logging.getLogger("twoclocks")
 PASSWORD, PASSWORD_FILE = "TWOCLOCKS_WEB_PASSWORD", "TWOCLOCKS_WEB_PASSWORD_FILE"
 MIN_PASSWORD_CHARS = 8
 FORM = {"user_count", "spawn_rate", "host", "run_time", "user_classes", "shape_class", "profile"}
@@ -102,7 +104,7 @@ def guard(
             abort(403, "called by a name that is not known; use 127.0.0.1, or give it with --web-host-display-name")
         if request.endpoint == "locust.update_user" and not web_ui.userclass_picker_is_active:
             abort(403, "user classes can be changed with --class-picker only")
-        if request.endpoint == "locust.swarm":
+        if _is_form(web_ui):
             return _refuse_form(web_ui, may_send, FORM | more)
         return None
 
@@ -125,7 +127,7 @@ def only_in_turn(web_ui: Any, may_begin: Callable[[str], None]) -> None:
 
     @web_ui.app.before_request
     def refuse() -> Response | None:
-        if request.endpoint == "locust.swarm":
+        if _is_form(web_ui):
             try:
                 may_begin(request.form.get("user_count", ""))
             except TwoclocksError as error:
@@ -145,6 +147,11 @@ def _is_ours(host: str, names: set[str]) -> bool:
     return name in names or address_of(name) is not None or is_near_name(name)
 
 
+def _is_form(web_ui: Any) -> bool:
+    """Of a run, by somebody who may send it; others are told nothing, and led to the login."""
+    return request.endpoint == "locust.swarm" and (not web_ui.web_login or current_user.is_authenticated)
+
+
 def _refuse_form(web_ui: Any, may_send: Callable[[str], None], known: set[str]) -> Response | None:
     """What is wrong with a form, if something is."""
     unknown = sorted(request.form.keys() - known)
@@ -159,7 +166,8 @@ def _refuse_form(web_ui: Any, may_send: Callable[[str], None], known: set[str]) 
 
 
 def _refusal(web_ui: Any, error: TwoclocksError) -> Response:
-    """In Locust's own words."""
+    """In Locust's own words; and in its log, since a form that changes users shows none."""
+    log.warning("not done: %s", plain(error)[:300])
     return jsonify({"success": False, "message": str(error), "host": web_ui.environment.host})
 
 
