@@ -108,6 +108,14 @@ def test_the_interval_is_wilsons(good, requests):
     assert wilson(good, requests) == pytest.approx((expected.low, expected.high), abs=2e-5)
 
 
+def test_where_all_or_none_are_good_the_interval_ends_there():
+    """However the floats round: an SLO that all must meet is not failed by a probe in which all did."""
+    for requests in range(1, 300):
+        (none, _), (_, every) = wilson(0, requests), wilson(requests, requests)
+        assert (none, every) == (0.0, 1.0)
+        assert judge(10, [Evidence(requests, requests)], 1.0).passed
+
+
 def test_piling_up_is_more_than_chance():
     assert keeps_up(1000, 985, variance=20)  # 1 + 2.33 * sqrt(40) = 15.7
     assert not keeps_up(1000, 984, variance=20)

@@ -102,7 +102,8 @@ def wilson(good: int, requests: int) -> tuple[float, float]:
     share, z2 = good / requests, Z * Z
     centre = (share + z2 / (2 * requests)) / (1 + z2 / requests)
     half = Z / (1 + z2 / requests) * math.sqrt(share * (1 - share) / requests + z2 / (4 * requests**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # at either end the two are alike, but for what rounding leaves
+    return max(0.0, centre - half) if good else 0.0, min(1.0, centre + half) if good < requests else 1.0
 
 
 def keeps_up(arrived: int, ended: int, variance: float) -> bool:
