@@ -331,11 +331,19 @@ def test_the_silent_end_token_does_not_make_chunks_unknown():
     assert (stream.tokens, stream.output_tokens) == (None, 4)
 
 
-@pytest.mark.parametrize("lie", [-3, 2.5, "7", None, True])
+@pytest.mark.parametrize("lie", [-3, 2.5, "7", None, True, 2**32 - 1])
 def test_usage_that_cannot_be_a_count_is_not_believed(lie):
     stream = read(*words(2), delta(finish_reason="stop"), usage(lie), DONE)
 
     assert (stream.output_tokens, stream.token_source) == (2, "chunks")
+
+
+def test_a_running_count_that_no_context_holds_is_not_believed():
+    """Each token has an ITL: of four billion of them in one chunk no report could be built."""
+    running = [delta(content="a", usage={"completion_tokens": count}) for count in (1, 2**32 - 1, 3)]
+    stream = read(*running, delta(finish_reason="stop"), DONE)
+
+    assert (stream.tokens, stream.output_tokens) == (None, 3)
 
 
 def test_cached_tokens():

@@ -20,6 +20,8 @@ MAX_CHUNKS = 2**18
 """More than any model answers; a hostile stream must not hold the others up."""
 
 
+MAX_TOKENS = 2**24
+"""More than any context holds. A -1 that lost its sign would else be four billion tokens, each of which has an ITL."""
 MAX_DEPTH = 8
 """Levels of objects and lists in a server's timings."""
 
@@ -374,7 +376,7 @@ def _decoded(body: Body) -> tuple[list[bytes], list[int], str | None]:
 
 def _count(value: Any) -> int | None:
     """A token count that can be one: usage may lie, and a negative, fractional or absurd count is no count."""
-    return value if type(value) is int and 0 <= value < 2**53 else None
+    return value if type(value) is int and 0 <= value <= MAX_TOKENS else None
 
 
 def _count_tokens(
