@@ -96,7 +96,7 @@ def main() -> None:
         arrived = [record.sent_at + at / 1e6 for at in accumulate(record.chunk_us)][: len(SEGMENTS)]
         readable = accumulate((host.sent[segment] for segment in range(len(SEGMENTS))), max)
         late_s = [at - could for at, could in zip(arrived, readable, strict=True)]
-        sys.stdout.write(json.dumps({"order": name, "late_s": late_s, "source": record.timestamp_source}) + "\n")
+        sys.stdout.write(json.dumps({"order": name, "late_s": late_s}) + "\n")
 
 
 if __name__ == "__main__":

@@ -382,8 +382,9 @@ static void receive(Reader *r, Stream *s, uint32_t events) {
         s->error = errno, why = RESET;
     else if (len > 0) {
         int64_t at = arrival(r, &message, now, &kernel);
-        /* what came behind a lost segment had its stamp long before anybody could read it */
-        if (now - at > MAX_HELD_NS && is_reordered(s->fd)) at = now, kernel = 0;
+        /* What came behind a lost segment had its stamp long before anybody could read it. It is not told as a stamp
+         * of our own: those are taken to be as late as the event loop is. */
+        if (now - at > MAX_HELD_NS && is_reordered(s->fd)) at = now;
         int waited = s->first_token != 0;
         s->user_stamps += !kernel;
         why = feed(s, r->buffer, len, at);

@@ -59,7 +59,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     chunk_tokens: list[int | None] | None = None  # None: every token chunk carries one, every other chunk none
     chunk_kinds: list[tuple[Kind, int]] = []  # run lengths
     chunk_choice: list[tuple[int, int]] | None = None  # run lengths of the choice index; None with one choice
-    timestamp_source: Literal["kernel", "user"] = "user"  # kernel: it stamped every read of this answer
+    timestamp_source: Literal["kernel", "user"] = "user"  # kernel: every read, or it waited for a lost segment
     reads_merged: int = 0  # reads that carried several token chunks, whose own times are therefore lost
     max_tokens: int | None = None  # what the request allowed
     expected_output_tokens: int | None = None  # what the request file said of the answer
