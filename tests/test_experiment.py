@@ -55,6 +55,28 @@ def test_overrides_and_variables(load):
     assert experiment.workload.max_tokens == 7
 
 
+def test_where_text_is_wanted_a_number_is_text(load):
+    text = (
+        "labels: {build: '${BUILD}'}\ntarget: {start: {kind: vllm, model: m, flags: [--max-model-len, '${LEN:-2048}']}}"
+    )
+    settings = ("name=0123", "labels.commit=12e4567", "labels.day=2026-11-21", "labels.on=true", "target.headers.X=5")
+    experiment = load(text, *settings, BUILD="1.10")
+
+    assert experiment.name == "0123"
+    assert experiment.labels == {"build": "1.10", "commit": "12e4567", "day": "2026-11-21", "on": "true"}
+    assert experiment.target.headers == {"X": "5"}
+    assert experiment.target.start.flags == ["--max-model-len", "2048"]
+    assert load("", "target.name=null", "target.tls_verify=false", "collect.process=7").target.tls_verify is False
+
+
+def test_an_empty_variable_takes_the_default_as_in_a_shell(load):
+    assert load("load: {users: '${USERS:-3}'}\nname: a${NAME:-b}", USERS="", NAME="").load.users == 3
+    assert load("name: a${NAME:-b}", NAME="").name == "ab"
+    assert load("name: a${NAME}", NAME="").name == "a"
+    with pytest.raises(ExperimentError, match=r"load\.users: expected `int`, found nothing"):
+        load("load: {users: '${USERS}'}", USERS="")
+
+
 @pytest.mark.parametrize(
     ("text", "overrides", "expected"),
     [

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 import yaml
@@ -283,7 +283,9 @@ def load_experiment(
     try:
         raw = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ExperimentError(f"{path}: no such experiment file; give one with --experiment FILE.yaml") from None
+        raise ExperimentError(
+            f"{path}: no such experiment file; name one that is there (Locust: --experiment FILE.yaml)"
+        ) from None
     except OSError as error:
         raise ExperimentError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -364,7 +366,10 @@ def _set(raw: dict[str, Any], override: str) -> None:
     if not equals or not key:
         shown = "***" if SECRET.search(override) else repr(override)
         raise ExperimentError(f"--set {shown}: expected KEY=VALUE, such as load.users=10")
-    _set_value(raw, key, _read(text))
+    kind: Any = Experiment
+    for name in key.split("."):
+        kind = _inside(kind, name)
+    _set_value(raw, key, _read(text, kind))
 
 
 def _set_value(raw: dict[str, Any], key: str, value: Any) -> None:
@@ -381,32 +386,46 @@ def _set_value(raw: dict[str, Any], key: str, value: Any) -> None:
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
-def _interpolate(value: Any, environ: Mapping[str, str], where: str) -> Any:
+def _interpolate(value: Any, environ: Mapping[str, str], where: str, kind: Any = Experiment) -> Any:
     """Fill ``${NAME}``; a value that is nothing but a variable is read as YAML, so that numbers stay numbers."""
     if isinstance(value, dict):
-        return {key: _interpolate(child, environ, where) for key, child in value.items()}
+        return {key: _interpolate(child, environ, where, _inside(kind, key)) for key, child in value.items()}
     if isinstance(value, list):
-        return [_interpolate(child, environ, where) for child in value]
+        return [_interpolate(child, environ, where, _inside(kind, None)) for child in value]
     if not isinstance(value, str):
         return value
 
     def fill(match: re.Match[str]) -> str:
         name, default = match.groups()
-        filled = environ.get(name, default)
+        filled = environ.get(name) or default if default is not None else environ.get(name)  # as a shell has :-
         if filled is None:
             raise ExperimentError(f"{where}: ${{{name}}} is not set; export {name} or write ${{{name}:-default}}")
         return filled
 
     filled = _VARIABLE.sub(fill, value)
-    return _read(filled) if _VARIABLE.fullmatch(value) else filled
+    return _read(filled, kind) if _VARIABLE.fullmatch(value) else filled
 
 
-def _read(text: str) -> Any:
-    """A value as YAML has it; what is no YAML, such as an unquoted message, is meant as text."""
+def _read(text: str, kind: Any) -> Any:
+    """A value as YAML has it; what is no YAML, such as an unquoted message, is meant as text. So is a number where the
+    type wants text: the number of a build, in a label.
+    """
     try:
-        return load_yaml(text)
+        value = load_yaml(text)
     except yaml.YAMLError:
         return text
+    is_text = kind is str or get_args(kind) == (str, type(None))
+    return text if is_text and not isinstance(value, str | dict | list | None) else value
+
+
+def _inside(kind: Any, key: str | None) -> Any:
+    """The type of what stands at a key of a mapping, or, without a key, in a list."""
+    for part in (kind, *get_args(kind)):
+        if get_origin(part) is (list if key is None else dict):
+            return get_args(part)[-1]
+        if key is not None and (structs := _structs_in(part)):
+            return {field.encode_name: field.type for field in msgspec.structs.fields(structs[0])}.get(key, Any)
+    return Any
 
 
 def _convert(raw: Any, where: str) -> Experiment:
@@ -420,6 +439,7 @@ def _convert(raw: Any, where: str) -> Experiment:
             message = f"expected {' | '.join(_choices(key))}, found{message.removeprefix('Invalid enum value')}"
         if ".start.command[" in key and "got `object`" in message:
             message = 'braces without quotes are keys to YAML; write "{port}" and "{model}"'
+        message = message.replace("got `null`", "found nothing")  # an empty variable, as often as not
         raise ExperimentError(f"{where}: {key}: {message[0].lower()}{message[1:]}") from None
 
 
