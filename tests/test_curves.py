@@ -65,6 +65,14 @@ def test_a_search_that_found_nothing_has_exit_code_1(tmp_path):
     assert "no users found" in built.html.read_text()
 
 
+def test_a_sweep_with_an_invalid_level_has_exit_code_4(tmp_path):
+    folder = folder_of(tmp_path, [level(1, 2), level(2, 4)], planned=[2, 4])
+    meta = folder / "02-users-4" / "run.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"lost_records": 3}))
+
+    assert cli.main(["report", str(folder)]) == 4
+
+
 def test_no_level_at_all_still_makes_a_report(tmp_path):
     folder = folder_of(tmp_path, [level(1, 2, "failed", error="refused")], status="failed", planned=[2, 4])
     built = curves.build(folder)

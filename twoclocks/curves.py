@@ -41,7 +41,7 @@ class Curves:
 
     summary: dict[str, Any]
     html: Path
-    exit_code: int  # 0; 1: a search found no level that meets the SLO; 4: it rests on a run that is INVALID
+    exit_code: int  # 0; 1: a search found no level that meets the SLO; 4: what it rests on is INVALID
 
 
 def build(folder: Path, progress: Callable[[str], None] = lambda _: None) -> Curves:
@@ -237,7 +237,7 @@ def _summary(levels: Levels, rows: list[dict[str, Any]], point: dict[str, Any]) 
 
 def _exit_code(levels: Levels, rows: Sequence[dict[str, Any]]) -> int:
     if levels.found is None:
-        return 0
+        return 4 if any(row["verdict"] == "INVALID" for row in rows) else 0
     if levels.found.value is None:
         return 1
     return 4 if any(row["value"] == levels.found.value and row["verdict"] == "INVALID" for row in rows) else 0
