@@ -58,7 +58,29 @@ def test_debug_shows_the_traceback():
         cli.main(["report", "nowhere", "--debug"])
 
 
-@pytest.mark.parametrize("arguments", [[], ["report"], ["no-such-command"]])
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["run", "--url", ""], "target.url: expected `str`, found nothing"),
+        (["run", "--users", "0"], "load.users: expected `int` >= 1"),
+        (["doctor", "--url", ""], "target.url: expected `str`, found nothing"),
+        (["duel", "--repeats", "0"], "repeats: expected `int` >= 1"),
+        (["duel", "--a", "", "--b", ""], "a duel needs both"),
+    ],
+)
+def test_an_empty_option_is_not_one_that_was_left_out(arguments, told, capsys):
+    assert cli.main(arguments) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_log_is_of_one_run(tmp_path, capsys):
+    (tmp_path / "sweep.json").touch()
+
+    assert cli.main(["report", str(tmp_path), "--server-log", "x.log"]) == 2
+    assert "holds several runs; give the folder of one of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["report"], ["no-such-command"], ["run", "--processes", "0"]])
 def test_bad_usage_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as raised:
         cli.main(arguments)

@@ -10,7 +10,7 @@ from fake_server import FakeServer
 from make_run import make_run
 
 from twoclocks import cli, run
-from twoclocks.child import Child
+from twoclocks.child import Child, alone_in
 from twoclocks.errors import TargetError, TwoclocksError
 from twoclocks.experiment import load_experiment
 from twoclocks.load import load_run
@@ -104,8 +104,20 @@ def test_ctrl_c_says_how_to_go_on(study, tmp_path, monkeypatch, capsys):
     assert cli.main(["run", str(path), "--run-folder", str(place)]) == 130
     said = capsys.readouterr().err
     assert f"interrupted; what was measured is kept: `twoclocks report {place}` shows it" in said
-    assert f"`--resume {place}` goes on" in said
+    assert f"`twoclocks run --resume {place}` goes on" in said
     assert not (place / "report.html").exists()
+
+
+def test_two_do_not_go_on_with_it_at_once(study, capsys):
+    path, experiment = study
+    runs = StudyRuns.begun(experiment, path, [])
+    runs.save()
+
+    with alone_in(runs.folder):
+        assert cli.main(["run", "--resume", str(runs.folder)]) == 2
+    assert f"{runs.folder}: another `twoclocks run` is at work here" in capsys.readouterr().err
+    with alone_in(runs.folder):
+        pass
 
 
 def test_another_experiment_does_not_go_on_with_it(study):

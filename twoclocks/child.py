@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import fcntl
 import os
 import signal
 import sys
@@ -86,7 +87,7 @@ def run_command(
     """
     found = [file for file in (ROOT / "load_test.py", Path("load_test.py"), BUNDLED) if file.exists()]
     argv: list[str | Path] = [sys.executable, "-m", "locust", "-f", found[0], "--headless", "--only-summary"]
-    argv += ["--processes", str(processes)] if processes > 1 else []
+    argv += ["--processes", str(processes)] if processes != 1 else []
     argv += [] if tables else ["--without-tables"]
     if api == "in-process":
         argv = [sys.executable, "-m", "twoclocks.in_process"]
@@ -130,6 +131,25 @@ def save_json(path: Path, what: Any) -> None:
         new.replace(path)
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """While this lasts, nobody else goes on with the sweep, search or study of this folder. Raises TwoclocksError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise TwoclocksError(
+            f"{folder}: another `twoclocks run` is at work here; wait for its end, or end it"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def put_aside(folder: Path) -> None:

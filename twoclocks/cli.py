@@ -47,6 +47,8 @@ def _duel(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from twoclocks import log_files, report, terminal
 
+    if options.server_log is not None and any((options.run / name).exists() for name in ("study.json", "sweep.json")):
+        raise TwoclocksError(f"--server-log: {options.run} holds several runs; give the folder of one of them")
     if (options.run / "study.json").exists():
         from twoclocks import study_report, study_text
 
@@ -135,6 +137,13 @@ def _progress(doing: str) -> None:
     print(f"twoclocks: {plain(doing)} ...", file=sys.stderr, flush=True)
 
 
+def _processes(text: str) -> int:
+    number = int(text)
+    if number < 1 and number != -1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, or -1 for one a core, found {number}")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -163,7 +172,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--variant", metavar="NAME", help="of a study: this variant alone")
     run.add_argument("--url", help="of the server, in place of target.url")
     run.add_argument("--users", type=int, help="in place of load.users")
-    run.add_argument("--processes", metavar="N", type=int, default=1, help="Locust workers (default: 1, no workers)")
+    run.add_argument(
+        "--processes",
+        metavar="N",
+        type=_processes,
+        default=1,
+        help="Locust workers (default: 1, no workers; -1: one a core)",
+    )
     run.add_argument("--run-folder", metavar="PATH", type=Path, help="make the run, sweep or search in this new folder")
     run.add_argument("--resume", metavar="FOLDER", type=Path, help="of many runs: make what is missing")
     run.add_argument("--no-report", action="store_true", help="leave the report to a later `twoclocks report FOLDER`")

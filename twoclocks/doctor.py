@@ -73,7 +73,7 @@ class Told(msgspec.Struct, frozen=True):
 def doctor(options: Namespace) -> Told:
     """Look at what the command line asks for. Raises TwoclocksError."""
     path = options.experiment or default_experiment()
-    changes = [f"target.url={options.url}"] if options.url else []
+    changes = [] if options.url is None else [f"target.url={options.url}"]
     changes += [f"target.server={options.server}"] if options.server else []
     experiment = load_experiment(path, [*options.set, *changes])
     asked = options.url or options.experiment

@@ -20,12 +20,12 @@ def duel(options: Namespace, progress: Progress) -> int:
     """What the command line asks for; its exit code. Raises TwoclocksError."""
     path = options.experiment or ROOT / "configs" / "same-prompt.yaml"
     overrides = ["order=abba", "output_text=true"]
-    if options.a or options.b:
+    if options.a is not None or options.b is not None:
         if not (options.a and options.b):
             raise ExperimentError("--a and --b: a duel needs both, such as --a vllm=http://127.0.0.1:8000")
         targets = [_target(word, letter) for word, letter in ((options.a, "A"), (options.b, "B"))]
         overrides += [f"targets={msgspec.json.encode(targets).decode()}", "claims=[]"]
-    overrides += [f"repeats={options.repeats}"] if options.repeats else []
+    overrides += [] if options.repeats is None else [f"repeats={options.repeats}"]
     overrides += options.set
     if options.prompt is not None:
         output = Path(load_experiment(path, overrides).output)

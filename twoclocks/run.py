@@ -1,10 +1,11 @@
 """`twoclocks run`: one run, the levels of a sweep or a search, or the cells of a study."""
 
+import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
 
-from twoclocks.child import Child, Progress, default_experiment, passing_signals_on, run_command
+from twoclocks.child import Child, Progress, alone_in, default_experiment, passing_signals_on, run_command
 from twoclocks.errors import TwoclocksError
 from twoclocks.experiment import Experiment, is_study, load_experiment
 from twoclocks.hosts import agree, agreed_hosts, somebody_is_there
@@ -24,12 +25,12 @@ def run(options: Namespace, progress: Progress) -> int:
     stored = _stored(options.resume) if options.resume else None
     path = options.experiment or (Path(stored.experiment_file) if stored else default_experiment())
     overrides = list(options.set) or (stored.overrides if stored else [])
-    overrides += [f"target.url={options.url}"] if options.url else []
-    overrides += [f"load.users={options.users}"] if options.users else []
+    overrides += [] if options.url is None else [f"target.url={options.url}"]
+    overrides += [] if options.users is None else [f"load.users={options.users}"]
     if any(word.endswith("=***") for word in overrides):  # masked in what is stored
         raise TwoclocksError(f"--resume {options.resume}: was begun with a secret in --set; give the same --set again")
     experiment = load_experiment(path, overrides, target=options.target, variant=options.variant)
-    if options.url and experiment.target.start is not None:
+    if options.url is not None and experiment.target.start is not None:
         raise TwoclocksError(
             "--url: target.start starts a server of its own; leave --url out, or --set target.start=null"
         )
@@ -102,7 +103,10 @@ def _levels(
         else LevelRuns.begun(experiment, path, overrides, options.run_folder)
     )
     log = plan.folder / f"server-{1 + len(list(plan.folder.glob('server-*.log')))}.log"  # --resume starts another one
-    with served(experiment, log, progress, plan=server, stopped=child.stopped) as (there, more):
+    with (
+        alone_in(plan.folder),
+        served(experiment, log, progress, plan=server, stopped=child.stopped) as (there, more),
+    ):
         plan.experiment = there
         plan.run(child, [*_command(options, experiment, path, overrides), *more], progress)
     progress(f"{plan.levels.kind} ended: {plan.folder}")
@@ -125,7 +129,8 @@ def _study(
         if stored
         else StudyRuns.begun(experiment, path, overrides, options.run_folder)
     )
-    code = plan.run(child, options.processes, progress)
+    with alone_in(plan.folder):
+        code = plan.run(child, options.processes, progress)
     progress(f"study ended: {plan.folder}")
     return _reported(options, plan.folder, child, code, progress)
 
@@ -133,9 +138,13 @@ def _study(
 def _reported(options: Namespace, folder: Path, child: Child, code: int, progress: Progress) -> int:
     """Build the report, unless it is left for later; the exit code of all."""
     if child.stopped.is_set():
+        words = ["twoclocks", "run", "--resume", str(folder)]
+        for name in ("target", "variant"):
+            words += [f"--{name}", chosen] if (chosen := getattr(options, name)) else []
+        words += ["--processes", str(options.processes)] if options.processes != 1 else []
         progress(
-            f"interrupted; what was measured is kept: `twoclocks report {folder}` shows it, the same command with "
-            f"`--resume {folder}` goes on"
+            f"interrupted; what was measured is kept: `{shlex.join(['twoclocks', 'report', str(folder)])}` shows it, "
+            f"`{shlex.join(words)}` goes on"
         )
         return code
     if options.no_report:
