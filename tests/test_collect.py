@@ -348,8 +348,16 @@ def test_a_server_whose_words_are_not_utf_8_has_no_version_and_no_model():
 
 
 def test_an_unreachable_target_says_how_to_go_on():
-    with pytest.raises(TargetError, match=r"not reachable .* -H http://HOST:PORT"):
+    with pytest.raises(TargetError, match=r"not reachable .*--url http://HOST:PORT \(Locust: -H\)$"):
         resolve(Target(url="http://127.0.0.1:9"))
+
+
+def test_what_a_proxy_did_is_not_told_as_the_servers(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    told = r"refused.*\. It was asked through the proxy 127\.0\.0\.1:9: NO_PROXY=127\.0\.0\.1 goes without$"
+    with FakeServer() as server, pytest.raises(TargetError, match=told):
+        resolve(Target(url=server.url))
 
 
 @pytest.mark.parametrize(

@@ -125,8 +125,11 @@ def test_an_unreachable_target_is_one_line_and_exit_code_3(tmp_path, processes):
     code, output = run(tmp_path, "-H", "http://127.0.0.1:9", *processes)
 
     assert code == 3
-    assert len(re.findall(r"^twoclocks: http://127.0.0.1:9: not reachable .*-H http://HOST:PORT$", output, re.M)) == 1
+    expected = r"^twoclocks: http://127.0.0.1:9: not reachable .* with --url http://HOST:PORT \(Locust: -H\)$"
+    assert len(re.findall(expected, output, re.M)) == 1
     assert "Traceback" not in output
+    assert "Aggregated" not in output  # Locust's tables, of nothing
+    assert "No run time limit" not in output
     assert not list(tmp_path.iterdir())
 
 

@@ -13,7 +13,7 @@ from fake_server import chunked
 
 from twoclocks.http1 import ResponseReader
 from twoclocks.schedule import HEAD, Schedule, make_answer, make_end, make_tail
-from twoclocks.schedule_server import ScheduleServer
+from twoclocks.schedule_server import ScheduleServer, main
 from twoclocks.sse import SseDecoder
 from twoclocks.truth import read_log
 
@@ -296,6 +296,13 @@ def test_the_command_says_where_it_listens_and_leaves_its_log_at_the_end_of_inpu
     assert log.writes.tolist() == [5]
     assert log.meta["schedule"]["tpot_ms"] == 1
     assert log.meta["cpu_s"] > 0
+
+
+def test_a_taken_port_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit, match=f"127.0.0.1:{port} cannot be listened at .*; give another --port"):
+            main([f"--port={port}"])
 
 
 def test_chunk_sizes_are_those_of_http():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from twoclocks import keeper, servers
-from twoclocks.errors import TargetError
+from twoclocks.errors import RunFolderError, TargetError
 from twoclocks.servers import Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,6 +138,18 @@ def test_a_command_that_is_not_there_says_how_to_install_it(tmp_path: Path) -> N
     )
     expected = r"cannot start /nowhere/python: No such file or directory; .*prepare\.py vllm"
     with pytest.raises(TargetError, match=expected), server:
+        pass
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    server = servers.started_server(
+        kind="vllm", python=Path(sys.executable), model=tmp_path, log_path=tmp_path / "file" / "server.log"
+    )
+    with (
+        pytest.raises(RunFolderError, match=r"the server's log cannot be written: .*; name another place: --set"),
+        server,
+    ):
         pass
 
 

@@ -123,6 +123,7 @@ def on_init(environment: Environment, runner: Any, **_: Any) -> None:
     options = environment.parsed_options
     assert options is not None
     logging.getLogger("locust.stats_logger").disabled = options.without_tables
+    logging.getLogger("locust.main").addFilter(_is_true)
     try:
         if options.run_folder is not None:
             refuse_existing(options.run_folder)
@@ -158,6 +159,11 @@ def on_init(environment: Environment, runner: Any, **_: Any) -> None:
     if environment.web_ui is not None:
         add_tab(environment.web_ui, options.web_base_path, side.shown)
         only_in_turn(environment.web_ui, side.may_begin)
+
+
+def _is_true(record: logging.LogRecord) -> bool:
+    """Locust says of a run without its --run-time that it has no end; the clock of a headless run is ours."""
+    return not str(record.msg).startswith("No run time limit set")
 
 
 def _close_to_others(web_ui: Any, options: Any, settings: Experiment, agreed: Agreed) -> None:

@@ -148,6 +148,8 @@ class MasterSide:
             self.fleet = None
         self.runner.update_state(STATE_STOPPED)
         if self.options.headless:
+            if not self.ended:  # Locust's tables of nothing would hide the line above
+                logging.getLogger("locust.stats_logger").disabled = True
             gevent.spawn(self.runner.quit)
         raise GreenletExit from None  # ends the greenlet that was about to spawn users
 

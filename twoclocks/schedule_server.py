@@ -420,7 +420,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seed=options.seed,
     )
     metrics = options.metrics.read_bytes() if options.metrics else b""
-    server = ScheduleServer(schedule, host=options.host, port=options.port, metrics=metrics, slots=options.slots)
+    try:
+        server = ScheduleServer(schedule, host=options.host, port=options.port, metrics=metrics, slots=options.slots)
+    except (OSError, OverflowError) as error:
+        sys.exit(f"schedule_server: {options.host}:{options.port} cannot be listened at ({error}); give another --port")
     stop = _stopper(server)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)

@@ -23,7 +23,7 @@ import msgspec
 
 from . import keeper
 from .endpoint import PATHS
-from .errors import TargetError, plain
+from .errors import RunFolderError, TargetError, plain
 from .experiment import Api
 from .interpreters import ENVIRONMENTS
 
@@ -215,8 +215,14 @@ def started_command(
     takes to start. stopped: once this is set there is no more waiting: KeyboardInterrupt.
     """
     log_path = log_path.absolute()
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("wb") as log:
+    try:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        log = log_path.open("wb")
+    except OSError as error:
+        raise RunFolderError(
+            f"{log_path}: the server's log cannot be written: {error.strerror}; name another place: --set output=DIR"
+        ) from None
+    with log:
         try:
             # In the log's folder: `python -m` puts the working directory first on its path, where a file could shadow.
             kept = keeper.start(command, grace_s=grace_s, cwd=log_path.parent, env=env, stdout=log, stderr=log)

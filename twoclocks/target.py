@@ -1,5 +1,7 @@
 """What is asked of a server before the load: is it there, which model, which version. The control plane, over httpx."""
 
+from urllib.parse import urlsplit
+
 import httpx
 import msgspec
 
@@ -7,7 +9,9 @@ from twoclocks.endpoint import request_headers, secrets_of, tls_context
 from twoclocks.errors import ExperimentError, TargetError, plain
 from twoclocks.experiment import Target
 from twoclocks.fetch import Moved, fetch, open_client
+from twoclocks.hosts import shown
 from twoclocks.masks import redact
+from twoclocks.proxy import find_proxy
 
 MAX_ANSWER_BYTES = 1024 * 1024
 ANSWER_S = 10.0
@@ -43,10 +47,10 @@ def _version(client: httpx.Client, target: Target) -> str | None:
     except (Moved, ValueError):
         return None  # no version that we could read, but somebody answers
     except httpx.HTTPError as error:
-        how = "start the server, or name another with -H http://HOST:PORT"
+        how = "start the server, or name another with --url http://HOST:PORT (Locust: -H)"
         if target.start is not None:
             how = "`twoclocks run` starts the server of target.start, Locust by itself does not"
-        raise TargetError(f"{target.url}: not reachable ({_reason(error, target)}); {how}") from None
+        raise TargetError(f"{target.url}: not reachable ({_reason(error, target)}); {how}{_way(target)}") from None
     try:
         version = msgspec.json.decode(body, type=dict[str, object]).get("version")
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -55,16 +59,16 @@ def _version(client: httpx.Client, target: Target) -> str | None:
 
 
 def _first_model(client: httpx.Client, target: Target) -> str:
-    how = "name it with --set target.model=NAME"
+    how, way = "name it with --set target.model=NAME", _way(target)
     try:
         status, body = fetch(client, "/v1/models", max_bytes=MAX_ANSWER_BYTES, seconds=ANSWER_S)
     except (httpx.HTTPError, ValueError) as error:
-        raise TargetError(f"{target.url}/v1/models: no answer ({_reason(error, target)}); {how}") from None
+        raise TargetError(f"{target.url}/v1/models: no answer ({_reason(error, target)}); {how}{way}") from None
     if status in (401, 403):
         where = f"the file {target.api_key_file}" if target.api_key_file else target.api_key_env
-        raise TargetError(f"{target.url}/v1/models: status {status}; put the API key into {where}")
+        raise TargetError(f"{target.url}/v1/models: status {status}; put the API key into {where}{way}")
     if not 200 <= status < 300:
-        raise TargetError(f"{target.url}/v1/models: status {status}; {how}")
+        raise TargetError(f"{target.url}/v1/models: status {status}; {how}{way}")
     try:
         models = msgspec.json.decode(body)["data"]
         return str(models[0]["id"])[:MAX_NAME_CHARS]
@@ -81,6 +85,15 @@ def control_client(target: Target, timeout_s: float = ANSWER_S) -> httpx.Client:
         )
     except ValueError as error:
         raise ExperimentError(f"target: {error}") from None
+
+
+def _way(target: Target) -> str:
+    """Of an answer that was a proxy's, or would have been."""
+    proxy = find_proxy(target.url)
+    if proxy is None:
+        return ""
+    host = urlsplit(target.url).hostname
+    return f". It was asked through the proxy {shown(proxy.host)}:{proxy.port}: NO_PROXY={host} goes without"
 
 
 def _reason(error: Exception, target: Target) -> str:
