@@ -50,7 +50,8 @@ def _version(client: httpx.Client, target: Target) -> str | None:
         how = "start the server, or name another with --url http://HOST:PORT (Locust: -H)"
         if target.start is not None:
             how = "`twoclocks run` starts the server of target.start, Locust by itself does not"
-        raise TargetError(f"{target.url}: not reachable ({_reason(error, target)}); {how}{_way(target)}") from None
+        how += _way(target)
+        raise TargetError(f"{target.url}: not reachable ({_reason(error, target)}); {how}") from None
     try:
         version = msgspec.json.decode(body, type=dict[str, object]).get("version")
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -59,16 +60,17 @@ def _version(client: httpx.Client, target: Target) -> str | None:
 
 
 def _first_model(client: httpx.Client, target: Target) -> str:
-    how, way = "name it with --set target.model=NAME", _way(target)
+    way = _way(target)
+    how = f"name it with --set target.model=NAME{way}"
     try:
         status, body = fetch(client, "/v1/models", max_bytes=MAX_ANSWER_BYTES, seconds=ANSWER_S)
     except (httpx.HTTPError, ValueError) as error:
-        raise TargetError(f"{target.url}/v1/models: no answer ({_reason(error, target)}); {how}{way}") from None
+        raise TargetError(f"{target.url}/v1/models: no answer ({_reason(error, target)}); {how}") from None
     if status in (401, 403):
         where = f"the file {target.api_key_file}" if target.api_key_file else target.api_key_env
-        raise TargetError(f"{target.url}/v1/models: status {status}; put the API key into {where}{way}")
+        raise TargetError(f"{target.url}/v1/models: status {status}; put the API key into {where + way}")
     if not 200 <= status < 300:
-        raise TargetError(f"{target.url}/v1/models: status {status}; {how}{way}")
+        raise TargetError(f"{target.url}/v1/models: status {status}; {how}")
     try:
         models = msgspec.json.decode(body)["data"]
         return str(models[0]["id"])[:MAX_NAME_CHARS]
