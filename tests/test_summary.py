@@ -5,7 +5,7 @@ import pytest
 from make_run import make_run, record, write_folder
 
 import twoclocks
-from twoclocks import report, terminal, units, wording
+from twoclocks import headline, report, terminal, units, wording
 from twoclocks.summary import summarise
 from twoclocks.vllm_bench import vllm_bench
 
@@ -211,6 +211,38 @@ def test_a_killed_run_tells_how_many_requests_were_in_flight(tmp_path):
         "about 42 requests, as the load generator last told,",
         "an unknown number of requests",
     ]
+
+
+def test_a_share_that_misses_the_slo_by_little_does_not_look_as_if_it_met_it(tmp_path):
+    records = [
+        record(f"{n:032x}", chunk_us=[100_000 if n else 300_000], chunk_kinds=[("content", 1)], output_tokens=1)
+        for n in range(96)
+    ]
+    folder = write_folder(tmp_path / "r", records)
+    (folder / "experiment.yaml").write_text("slo: {ttft_ms: 200, share: 0.99}\n")
+    summary = report.complete(twoclocks.load_run(folder))
+    text = terminal.to_text(terminal.render(summary))
+
+    assert "(98.96 % of the requests)" in text
+    assert "MISSED (99.00 % of the requests must meet it)" in text
+    assert (headline.cards(summary)[-1]["value"], headline.cards(summary)[-1]["slo"]) == (
+        "98.96 %",
+        "✗ misses the 99.00 % asked for",
+    )
+
+
+@pytest.mark.parametrize(
+    ("share", "required", "shown"),
+    [
+        (0.5, 0.99, ("50.0 %", "99.0 %")),
+        (0.99, 0.99, ("99.0 %", "99.0 %")),
+        (0.99995, 1, ("99.995 %", "100.000 %")),
+        (1.0, 0.9995, ("100.00 %", "99.95 %")),
+        (None, 0.9, ("–", "90.0 %")),
+    ],
+)
+def test_shares_have_as_many_digits_as_tell_them_apart(share, required, shown):
+    assert units.held_against(share, required) == shown
 
 
 def test_answers_without_a_token_are_told(tmp_path):

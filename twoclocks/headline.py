@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from twoclocks.units import number
+from twoclocks.units import held_against, number
 
 SPREAD = {
     "n": "n", "p10": "p10", "p25": "p25", "p50": "p50", "p75": "p75", "p90": "p90", "p95": "p95", "p99": "p99",
@@ -41,8 +41,8 @@ def cards(summary: dict[str, Any]) -> list[dict[str, str | None]]:
     if "goodput_share" in figures:
         slo = summary["slo"]
         card = _card(summary, "goodput_share", "of the requests met the SLO")
-        needed = number(slo["required_share"], "share")
-        card |= {"slo": f"{'✓ reaches' if slo['met'] else '✗ misses'} the {needed} asked for"}
+        share, needed = held_against(figures["goodput_share"]["value"], slo["required_share"])
+        card |= {"value": share, "slo": f"{'✓ reaches' if slo['met'] else '✗ misses'} the {needed} asked for"}
         made.append(card | {"met": "yes" if slo["met"] else "no"})
     return made
 

@@ -20,6 +20,7 @@ from twoclocks.levels import RULE, Evidence, Found, Next, Probe, judge, next_pro
 from twoclocks.masks import masked_word
 from twoclocks.run_folder import beside, make_folder
 from twoclocks.target import MAX_ANSWER_BYTES, control_client
+from twoclocks.units import held_against
 
 SWEEP_FILE = "sweep.json"
 RESET_S = 30.0
@@ -223,10 +224,9 @@ def probe_text(probe: Probe, required: float) -> str:
     """The judgement of a probe, as one line."""
     if probe.share is None or probe.low is None or probe.high is None:
         return f"{probe.value:g}: fail, no request was measured"
-    share = (
-        f"{probe.share:.1%} good of {probe.requests} (95 %: {probe.low:.1%} .. {probe.high:.1%}; {required:.1%} asked)"
-    )
-    return f"{probe.value:g}: {probe.judgement}, {share}"
+    share, asked = held_against(probe.share, required)
+    interval = f"95 %: {probe.low:.1%} .. {probe.high:.1%}; {asked} asked"
+    return f"{probe.value:g}: {probe.judgement}, {share} good of {probe.requests} ({interval})"
 
 
 def reset_server(target: Target, path: str) -> str:

@@ -13,7 +13,7 @@ from rich.text import Text
 from twoclocks import wording
 from twoclocks.errors import plain
 from twoclocks.gpu_summary import DEFINITIONS as GPU_DEFINITIONS
-from twoclocks.units import bucket, number, shown_unit, size
+from twoclocks.units import bucket, held_against, number, shown_unit, size
 
 WIDTH = 118
 
@@ -102,14 +102,10 @@ def _totals(summary: dict[str, Any]) -> Table:
     table.add_row("Output tokens", number(figures["output_tokens"]["value"], "tokens"))
     table.add_row("Prompt tokens", number(figures["prompt_tokens"]["value"], "tokens"))
     if "goodput" in figures:
-        rate, share = (
-            number(figures["goodput"]["value"], "requests/s"),
-            number(figures["goodput_share"]["value"], "share"),
-        )
+        rate, slo = number(figures["goodput"]["value"], "requests/s"), summary["slo"]
+        share, needed = held_against(figures["goodput_share"]["value"], slo["required_share"])
         table.add_row(wording.GOODPUT["goodput"], f"{rate} ({share} of the requests)")
-        slo = summary["slo"]
-        needed = f"{number(slo['required_share'], 'share')} of the requests must meet it"
-        table.add_row("SLO", f"{'met' if slo['met'] else 'MISSED'} ({needed})")
+        table.add_row("SLO", f"{'met' if slo['met'] else 'MISSED'} ({needed} of the requests must meet it)")
     return table
 
 

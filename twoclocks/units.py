@@ -18,6 +18,17 @@ def number(value: float | None, unit: str) -> str:
     return f"{value:,.2f}" if abs(value) < 100 else f"{value:,.1f}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
+def held_against(share: float | None, required: float) -> tuple[str, str]:
+    """A share and the one that it is held against, in as many digits as tell them apart."""
+    told = asked = ""
+    for digits in range(1, 9):
+        told = "–" if share is None else f"{share * 100:.{digits}f} %"
+        asked = f"{required * 100:.{digits}f} %"
+        if math.isclose(float(asked[:-2]), required * 100) and (told != asked or share == required):
+            break
+    return told, asked
+
+
 def signed(seconds: float | None) -> str:
     """A difference in ms, with its sign."""
     text = number(seconds, "s")
