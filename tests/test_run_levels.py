@@ -1,5 +1,6 @@
 """`twoclocks run`: levels as run folders, what is kept of broken ones, and a planted limit found over a real socket."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -8,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from fake_server import FakeServer, plain_answer
-from locust_runs import ROOT, wait_for
+from locust_runs import ROOT, free_port, wait_for
 from make_run import make_run, record, write_folder
 
-from twoclocks import cli
+from twoclocks import cli, run
 from twoclocks.calibrate import known_schedule
 from twoclocks.child import BUNDLED, INTERRUPTED, Child
 from twoclocks.errors import TwoclocksError
@@ -85,6 +86,30 @@ def test_ctrl_c_ends_the_sweep_after_the_level_and_it_goes_on_later(tmp_path, ex
 
     assert again.ran == ["02-users-2", "03-users-4"]
     assert (runs.folder / "02-users-2-broken-1" / "requests.jsonl").exists()  # raw files are kept
+
+
+def test_a_sweep_whose_server_does_not_come_up_can_be_resumed(tmp_path, capsys, monkeypatch):
+    """Once the server fails; then, while it starts, the user has had enough."""
+    command = [
+        "{python}",
+        "-c",
+        "import pathlib, sys, time; time.sleep(99 * pathlib.Path('wait').exists()); sys.exit(7)",
+    ]
+    start = json.dumps({"kind": "command", "command": command, "port": free_port()})
+    path, place = tmp_path / "x.yaml", tmp_path / "place"
+    path.write_text(f"target: {{server: other, start: {start}}}\nload: {{shape: sweep, sweep: {{levels: [1]}}}}\n")
+
+    assert cli.main(["run", str(path), "--run-folder", str(place)]) == 3
+    assert read_levels(place).status == "failed"
+
+    (place / "wait").touch()
+    child = Child()
+    monkeypatch.setattr(run, "passing_signals_on", lambda: contextlib.nullcontext(child))
+    child.stopped.set()
+
+    assert cli.main(["run", "--resume", str(place)]) == INTERRUPTED
+    assert read_levels(place).status == "interrupted"
+    assert f"`twoclocks run --resume {place}` goes on" in capsys.readouterr().err
 
 
 def test_another_experiment_cannot_go_on_with_it(tmp_path, experiment):

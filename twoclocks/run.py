@@ -103,12 +103,17 @@ def _levels(
         else LevelRuns.begun(experiment, path, overrides, options.run_folder)
     )
     log = plan.folder / f"server-{1 + len(list(plan.folder.glob('server-*.log')))}.log"  # --resume starts another one
-    with (
-        alone_in(plan.folder),
-        served(experiment, log, progress, plan=server, stopped=child.stopped) as (there, more),
-    ):
-        plan.experiment = there
-        plan.run(child, [*_command(options, experiment, path, overrides), *more], progress)
+    with alone_in(plan.folder):
+        plan.save()  # so that --resume goes on also where the server does not come up
+        try:
+            with served(experiment, log, progress, plan=server, stopped=child.stopped) as (there, more):
+                plan.experiment = there
+                plan.run(child, [*_command(options, experiment, path, overrides), *more], progress)
+        except (KeyboardInterrupt, TwoclocksError) as error:
+            plan.levels.status = "interrupted" if child.stopped.is_set() else "failed"
+            plan.save()
+            if isinstance(error, TwoclocksError):
+                raise
     progress(f"{plan.levels.kind} ended: {plan.folder}")
     return _reported(options, plan.folder, child, plan.exit_code(), progress)
 
