@@ -134,6 +134,46 @@ told["left"] = one.beginning is None, one.refused, environment.process_exit_code
     assert told["left"] == [True, "the run was stopped before it began", 2, ["spawning", "stopped", "quit"]]
 
 
+def test_no_fleet_is_left_of_a_run_that_was_ended_while_it_began(side):
+    """The web UI's Stop ends who begins a run, without a word to us; a fleet that stays would note in the next run."""
+    told = side("""
+environment = SimpleNamespace(events=Events(), process_exit_code=None)
+runner = SimpleNamespace(update_state=lambda state: None)
+one = master.MasterSide(environment, runner, Namespace(headless=False), None, experiment(), experiment())
+def begin():
+    one.fleet = fleet_of("a")
+    gevent.sleep(60)
+one._begin = begin
+beginning = gevent.spawn(one.begin)
+gevent.sleep(0.01)
+watching = one.fleet.watching
+beginning.kill()
+told["left"] = one.fleet is None, watching.dead
+""")
+
+    assert told["left"] == [True, True]
+
+
+def test_steps_have_the_users_that_the_experiment_says(side):
+    """Locust would begin with the number in the form of the web UI, and the report name that of the first step."""
+    told = side("""
+made = experiment(shape="steps", steps=[(1, 60), (2, 60)])
+environment = SimpleNamespace(events=Events(), process_exit_code=None)
+one = master.MasterSide(environment, SimpleNamespace(), Namespace(headless=False), None, made, made)
+def why(users):
+    try:
+        one.may_begin(users)
+    except TwoclocksError as error:
+        return str(error)
+told["before"] = why("7"), why("1")
+one.folder = SimpleNamespace(meta={"window": {"started_at": 1.0, "ended_at": None}})
+told["later"] = why("1")
+""")
+
+    assert told["before"] == ["load.shape is steps: enter the users of the first of load.steps, 1", None]
+    assert told["later"] == "load.shape is steps: load.steps says how many users there are, and when"
+
+
 @pytest.mark.parametrize("how", ["clients.all.pop()", "clients.all[-1].state = 'missing'"])
 def test_a_worker_that_goes_before_it_is_ready_is_not_waited_for(side, how):
     told = side(f"""

@@ -130,20 +130,6 @@ def test_a_form_cannot_break_a_run_that_warms_up_or_drains(tmp_path):
     assert "2 before" in newest(tmp_path)["notes"][-1]
 
 
-def test_steps_have_the_users_that_the_experiment_says(tmp_path):
-    words = ("--set", "load.shape=steps", "--set", "load.steps=[[1,60],[2,60]]", "--set", "warmup.requests=0")
-    with FakeServer() as server, web_ui(tmp_path, "-H", server.url, *words) as url:
-        others = swarm(url, 7, host=server.url)
-        assert swarm(url, 1, host=server.url)["success"]
-        wait_for(lambda: "levels" in newest(tmp_path))
-        later = swarm(url, 7)
-
-    assert not others["success"]
-    assert others["message"].endswith("the first of load.steps, 1")
-    assert not later["success"]
-    assert [level["users"] for level in newest(tmp_path)["levels"]] == [1]
-
-
 def test_a_run_that_locust_starts_by_itself_is_as_long_as_any(tmp_path):
     words = ("--autostart", "--autoquit", "0", "-t", "1", "--set", "warmup.requests=1", "--no-report")
     with Held() as server:

@@ -134,6 +134,9 @@ class MasterSide:
             self._give_up(f"the run could not begin: {type(error).__name__}: {plain(error)}", TwoclocksError.exit_code)
         finally:
             self.beginning = None
+            if self.folder is None and self.fleet is not None:  # it would tell the next run what becomes of its workers
+                self.fleet.watching.kill()
+                self.fleet = None
 
     def _give_up(self, why: str, exit_code: int) -> None:
         sys.stderr.write(f"twoclocks: {plain(why)}\n")
@@ -143,9 +146,6 @@ class MasterSide:
             self.note(why)
             self.stopping()
             self.end()
-        elif self.fleet is not None:
-            self.fleet.watching.kill()
-            self.fleet = None
         self.runner.update_state(STATE_STOPPED)
         if self.options.headless:
             if not self.ended:  # Locust's tables of nothing would hide the line above
