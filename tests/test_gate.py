@@ -315,6 +315,20 @@ def test_goodput_needs_an_slo(tmp_path):
     assert (found.outcome, found.reason) == ("not enough data", "a has no SLO, and so no goodput")
 
 
+def test_repeats_weigh_the_same_in_a_throughput_however_long_their_answers_took(tmp_path):
+    runs = []
+    for name, gap_us, count in (("fast", 10_000, 100), ("slow", 180_000, 40)):
+        chunks = {"chunk_us": [10_000, *[gap_us] * 9], "chunk_kinds": [("content", 10)], "output_tokens": 10}
+        fields = [{"sent_at": number * 8 / count, "ended_at": number * 8 / count + 0.01} for number in range(count)]
+        records = [record(f"{number:032x}", **chunks | of) for number, of in enumerate(fields)]
+        runs.append(twoclocks.load_run(write_folder(tmp_path / name, records)))
+    for metric, expected in (("output_throughput", (1000 + 400) / 20), ("request_throughput", 140 / 20)):
+        found = judge(parse(f"{metric} >= 1"), runs, runs, bars={}, invalid=[])
+
+        assert found.value == pytest.approx(expected)
+        assert found.value == pytest.approx(np.mean([summarise(run)["figures"][metric]["value"] for run in runs]))
+
+
 def closed_loop(rng, seconds=60.0, users=6):
     """Records of users who each send when their last answer has ended; the tokens of each come evenly."""
     made = []

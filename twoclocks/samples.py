@@ -176,6 +176,7 @@ def _of_server(runs: Sequence[Run], metric: str, seconds: float) -> Sample:
 
 def _throughput(runs: Sequence[Run], metric: str, seconds: float) -> Sample:
     found: list[Floats] = []
+    count = min(filter(None, map(stretches, runs)), default=None)  # as many of each, so that every run weighs the same
     for run in runs:
         if metric == "output_throughput":
             at, amounts = arrived(run)
@@ -186,7 +187,7 @@ def _throughput(runs: Sequence[Run], metric: str, seconds: float) -> Sample:
             at, amounts = run.judged["sent_at"].fillna(run.judged["intended_at"]).to_numpy(), _good(run)
         else:
             return Sample(metric, THROUGHPUTS[metric], "", missing=f"{run.shown_name} has no SLO, and so no goodput")
-        found.append(rates(run, at, amounts))
+        found.append(rates(run, at, amounts, count))
     meaning = definition({"goodput": metrics.goodput}.get(metric) or getattr(metrics, metric))
     return _found(Sample(metric, THROUGHPUTS[metric], meaning, found, seconds=seconds))
 
