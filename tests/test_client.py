@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -167,6 +168,30 @@ def test_what_waited_for_a_lost_segment_arrived_with_that(each_reader):
 
     assert [one["order"] for one in told] == ["none is late", "the head is late", "a token is late", "two are late"]
     assert all(late_s > -1e-3 for one in told for late_s in one["late_s"])
+
+
+def test_arrivals_never_go_back():
+    """After a read whose time is the reader's own, what came during that read is stamped before it."""
+
+    class Reordered:
+        def __init__(self):
+            self.ages_ns = [10**9, 4 * 10**6]
+
+        def recvmsg(self, *_):
+            stamp = time.time_ns() - self.ages_ns.pop(0)
+            control = struct.pack("@ll", *divmod(stamp, 10**9))
+            return b"HTTP/1.1 200 OK\r\n\r\nx", [(socket.SOL_SOCKET, reader.SO_TIMESTAMPNS, control)], 0, None
+
+        def getsockopt(self, *_):
+            return b"\1" * (reader.TCP_INFO_OOOPACK + 4)
+
+    stream = reader._Stream(Reordered(), 10**18, 10**18, 10**18, lambda _: None)
+    before = time.monotonic_ns()
+    stream.read()
+    stream.read()
+    first, second = stream.received().body.times
+
+    assert before <= first <= second
 
 
 def test_request_id_and_trace_are_sent():

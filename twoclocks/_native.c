@@ -385,6 +385,7 @@ static void receive(Reader *r, Stream *s, uint32_t events) {
         /* What came behind a lost segment had its stamp long before anybody could read it. It is not told as a stamp
          * of our own: those are taken to be as late as the event loop is. */
         if (now - at > MAX_HELD_NS && is_reordered(s->fd)) at = now;
+        if (at < s->last) at = s->last; /* a stamp may be of a moment before the read whose time is our own */
         int waited = s->first_token != 0;
         s->user_stamps += !kernel;
         why = feed(s, r->buffer, len, at);

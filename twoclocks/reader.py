@@ -233,6 +233,8 @@ class _Stream:
         if at is None:
             at = _now_ns()
             self.user_stamps += 1
+        elif at < self._last:  # a stamp may be of a moment before the read whose time is our own
+            at = self._last
         self._last = at
         try:
             body = response.feed(data)
