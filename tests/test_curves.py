@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from make_run import make_run
 
-from twoclocks import cli, curves
+from twoclocks import cli, curves, curves_plot
 from twoclocks.errors import RunFolderError
 from twoclocks.evidence import kept_up_with
 from twoclocks.levels import Found, Probe
@@ -79,6 +79,21 @@ def test_no_level_at_all_still_makes_a_report(tmp_path):
 
     assert built.summary["knee"]["value"] is None
     assert "1 not begun" in built.summary["partial"]
+
+
+def test_no_marker_covers_the_name_of_a_level(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(curves_plot.Figure, "savefig", lambda figure, _: drawn.append(figure))
+    rows = [
+        {"value": at, "achieved": at, "ttft_p50": 0.2, "ttft_p95": 0.21, "tpot_p50": 0.02, "tpot_p95": 0.03}
+        | {"tokens_per_s": 9.0, "goodput": None}
+        for at in (1.0, 2.0)
+    ]
+    told = {"name": "x", "levels": rows, "limits": {}, "knee": {"reached": False}, "unit": "requests/s", "over": "rate"}
+    curves_plot.curves_plot(told, tmp_path / "x.png")
+    named = [[(text.get_text(), text.xy[1]) for text in axes.texts] for axes in drawn[0].axes[:2]]
+
+    assert named == [[("1", 210.0), ("2", 210.0)], [("1", 30.0), ("2", 30.0)]]  # above both of its points
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"kind": 1}'])

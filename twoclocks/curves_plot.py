@@ -43,7 +43,7 @@ def _latency(axes: Axes, rows: list[dict[str, Any]], name: str, label: str, limi
         values = [row[f"{name}_{percentile}"] * 1e3 for row in told]
         if told:
             axes.plot(at, values, marker=marker, color=colour, label=percentile)
-        if percentile == "p50":
+        if percentile == "p95":  # the upper of the two, whose markers cover no name
             room, named = max(at, default=0.0) / 15, -1.0  # levels past saturation lie over each other
             for row, x, y in zip(told, at, values, strict=True):
                 if x - named < room and named >= 0:
