@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fake_server import HANG, HEAD, FakeServer, chunked, delta, plain_answer, response, words
-from locust_runs import only_run, read, run, started, wait_for
+from locust_runs import ROOT, only_run, read, run, started, wait_for
 
 from twoclocks.record import read_records
 
@@ -138,7 +138,10 @@ def test_an_unreachable_target_is_one_line_and_exit_code_3(tmp_path, processes):
     [
         (("--experiment", "nope.yaml"), "nope.yaml: no such experiment file"),
         (("--set", "load.usrs=3"), "unknown key 'load.usrs'"),
-        (("--set", "workload.requests=gone.jsonl"), "gone.jsonl: request file cannot be read"),
+        (
+            ("--set", "workload.requests=gone.jsonl"),
+            f"{ROOT}/gone.jsonl: request file cannot be read: No such file or directory; requests/README.md",
+        ),
     ],
 )
 def test_a_bad_experiment_is_one_line_and_exit_code_2(tmp_path, words_, message):

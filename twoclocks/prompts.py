@@ -46,7 +46,9 @@ def load_prompts(path: Path, api: str) -> list[Prompt]:
         with path.open("rb") as file:  # a binary file splits at \n alone; texts may hold raw U+2028
             prompts = [_prompt(line, number, path, api) for number, line in enumerate(file, 1) if line.strip()]
     except OSError as error:
-        raise ExperimentError(f"{path}: request file cannot be read: {error.strerror}") from None
+        raise ExperimentError(
+            f"{path.absolute()}: request file cannot be read: {error.strerror}; requests/README.md tells of them"
+        ) from None
     if not prompts:
         raise ExperimentError(f"{path}: holds no request; each line is one, such as {{'id': 'a', 'prompt': 'Hello'}}")
     return prompts
