@@ -263,11 +263,13 @@ def test_routes_are_closed_to_other_pages_and_say_so_where_no_run_could_begin(tm
         assert httpx.post(f"{url}/swarm", data=form).json()["success"]
         wait_for(lambda: httpx.get(f"{url}/twoclocks/live.json").json()["error"])
         trouble = httpx.get(f"{url}/twoclocks/live.json").json()["error"]
+        logged = "".join(httpx.get(f"{url}/logs").json()["master"])
         index = httpx.get(url).text
 
     assert nothing.json() == {"run": None, "error": None}
     assert nothing.headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
     assert "not reachable" in trouble
+    assert trouble in logged
     assert index.count("./twoclocks/live.js") == 1
     assert '"href": "./twoclocks/requests.jsonl"' in index
 

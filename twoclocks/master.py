@@ -139,7 +139,10 @@ class MasterSide:
                 self.fleet = None
 
     def _give_up(self, why: str, exit_code: int) -> None:
-        sys.stderr.write(f"twoclocks: {plain(why)}\n")
+        if self.options.headless:
+            sys.stderr.write(f"twoclocks: {plain(why)}\n")
+        else:  # so that Locust's page has it too, among its logs
+            log.error(plain(why))
         self.refused = why
         self.environment.process_exit_code = exit_code
         if self.folder is not None:
