@@ -41,6 +41,17 @@ def test_an_open_loop_sends_what_is_due_on_one_process_and_on_several(tmp_path, 
     assert (meta["status"], meta["not_sent"], meta["lost_records"]) == ("finished", 0, 0)
 
 
+def test_the_window_of_a_rate_is_as_long_as_was_asked_for_whenever_the_last_answer_came(tmp_path):
+    load = {"shape": "rate", "rate": 1, "arrivals": "constant", "duration_s": 2.5}
+    with FakeServer(lambda body: plain_answer(2)) as server:
+        code, output = run(tmp_path, "-H", server.url, *shape(**load), "--no-report")
+    records, meta = read(tmp_path)
+
+    assert (code, len(measured(records))) == (0, 3), output
+    assert meta["window"]["ended_at"] - meta["window"]["started_at"] >= 2.499
+    assert meta["status"] == "finished"
+
+
 def test_a_slow_server_holds_no_request_back(tmp_path):
     """Nothing comes back before the end, and still all leave: their delay is the server's, not hidden in the load."""
     load = {"shape": "rate", "rate": 20, "arrivals": "constant", "duration_s": 2, "drain_s": 0.2}

@@ -287,6 +287,9 @@ class OpenLoop:
                 self._batches()
             else:
                 self._by_the_clock(self.sender.arrivals)
+                if self.load.shape == "rate" and self.load.requests == "none":
+                    # A window that closed with the last answer would hold more requests than its length makes due.
+                    self.sender.over.wait()
             gevent.joinall(list(self.running))
         finally:
             gevent.killall(list(self.running))  # at the end of the drain; each still becomes a record
