@@ -35,6 +35,8 @@ def test_a_planted_difference_is_found_and_an_absent_one_is_not(folders):
     assert slow["low"] <= slow["difference"] <= slow["high"]
     assert slow["difference"] == pytest.approx(0.02, rel=0.2)
     assert again["verdict"] == "within chance"
+    same = compare.differences([runs[0], runs[0]])["rows"][-1]["differences"]
+    assert {one["verdict"] for one in same} == {"within chance", None}  # no calibration, no error to hold it against
 
 
 def test_every_figure_has_its_difference_and_ratio(folders):

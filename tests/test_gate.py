@@ -238,6 +238,21 @@ def test_intervals_of_shares_are_the_published_ones():
     assert (found.estimate, found.low, found.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
 
 
+def test_intervals_of_shares_over_repeats_hold_what_the_repeats_scatter():
+    rng = np.random.default_rng(5)
+    held = {"alike": 0, "apart": 0}
+    for _ in range(100):
+        for kind, rates in (("alike", [0.2] * 4), ("apart", rng.beta(2, 8, 4))):
+            side = Sample("error_rate", "share", "", [(rng.random(500) < rate) * 1.0 for rate in rates])
+            told = samples.measured(side, "mean")
+            held[kind] += told.low <= 0.2 <= told.high
+
+    assert held["alike"] >= 92
+    assert held["apart"] >= 84  # by Wilson's interval of the pooled requests alone: about 20
+    none_failed = Sample("error_rate", "share", "", [np.zeros(100)] * 3)
+    assert samples.measured(none_failed, "mean").high == pytest.approx(0.0126, abs=1e-4)
+
+
 def test_an_invalid_run_judges_nothing(tmp_path):
     rng = np.random.default_rng(0)
     sound = ttfts(tmp_path / "sound", 0.1 + 0.01 * rng.random(100))

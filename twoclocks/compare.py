@@ -316,7 +316,7 @@ def _difference(first: Sample, other: Sample, statistic: str, bar: float) -> dic
         row["verdict"] = "within chance" if low <= 0 <= high else "slower" if low > 0 else "faster"
     if as_ratio is not None:
         row |= {"ratio": as_ratio.estimate, "ratio_low": as_ratio.low, "ratio_high": as_ratio.high}
-    if abs(row["difference"]) <= bar:
+    if bar > 0 and abs(row["difference"]) <= bar:  # without a calibration nothing is known of such an error
         row["verdict"] = "not resolved"
     return row
 

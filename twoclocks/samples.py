@@ -118,7 +118,7 @@ def figure(one: Sample, statistic: str) -> float | None:
 def measured(one: Sample, statistic: str, level: float = 0.95) -> Interval | None:
     """The figure with its interval; None where there are too few values."""
     if one.unit == "share":
-        return _wilson(one)
+        return _of_share(one)
     return intervals.estimate(one.values, statistic, level=level, units=one.units)
 
 
@@ -231,17 +231,22 @@ def _good(run: Run) -> Floats:
     return metrics.meets_slo(ok, {name: rows[name].to_numpy(dtype=np.float64) for name in limits}, limits).astype(float)
 
 
-def _wilson(one: Sample) -> Interval | None:
-    """Of a share; sound even where none failed, of which a resample would know nothing."""
+def _of_share(one: Sample) -> Interval | None:
+    """By Wilson, sound even where none failed, of which a resample would know nothing; with the repeats' scatter."""
     values = np.concatenate(one.values) if one.values else np.empty(0)
     if not len(values):
         return None
-    return Interval(float(values.mean()), *wilson(int(values.sum()), len(values)), len(values))
+    low, high = wilson(int(values.sum()), len(values))
+    if sum(1 for run in one.values if len(run)) >= intervals.REPEATS:
+        found = intervals.estimate(one.values, "mean")
+        if found is not None:
+            low, high = max(0.0, min(low, found.low)), min(1.0, max(high, found.high))
+    return Interval(float(values.mean()), low, high, len(values))
 
 
 def _of_shares(first: Sample, other: Sample, kind: str) -> Interval | None:
     """By the intervals of both shares (Newcombe, Statistics in Medicine 17, 1998, method 10; ratios in logarithms)."""
-    one, two = _wilson(first), _wilson(other)
+    one, two = _of_share(first), _of_share(other)
     if one is None or two is None:
         return None
     n = min(one.n, two.n)

@@ -37,7 +37,7 @@ def _nothing_ok(run: Run) -> Reason | None:
     """Without one whole answer there is nothing to report."""
     if len(run.ok):
         return None
-    return Reason("INVALID", "nothing_ok", "no measured request ended ok", 0, "look at the errors below")
+    return Reason("INVALID", "nothing_ok", "no measured request ended ok", 0, "the errors, if there are any, say why")
 
 
 def _too_few(run: Run) -> Reason | None:
