@@ -326,6 +326,11 @@ class Requests:
     bytes: int
     sampled: list[Record]  # every so many-th
 
+    @property
+    def late_ms(self) -> Floats:
+        """Send lateness of each."""
+        return (self.sent_at - self.intended_at) * 1e3
+
 
 def read_requests(path: Path) -> Requests:
     """A pass over requests.jsonl, a line at a time."""
@@ -414,7 +419,7 @@ def growth(looks_: list[Look], done: Callable[[float], float]) -> list[dict[str,
 
 
 def undisturbed(at: Floats, machine: list[tuple[float, list[int]]]) -> Bools:
-    """Of each time (unix seconds): whether the machine's host took next to nothing then and in the looks before.
+    """Of each time (unix seconds): whether the host took next to nothing then, and between the two looks before.
 
     False also where nothing is known: before the first look but one, and after the last.
     """
@@ -431,7 +436,7 @@ def undisturbed(at: Floats, machine: list[tuple[float, list[int]]]) -> Bools:
 def stretches(run: Requests, log: SentLog, calm: Bools) -> list[dict[str, Any]]:
     """Ten stretches of as many requests each, in the order in which they were due: lateness, and error of TTFT, ms."""
     rows, starts = [], np.linspace(0, len(run.intended_at), STRETCHES + 1).astype(int)
-    late_ms = (run.sent_at - run.intended_at) * 1e3
+    late_ms = run.late_ms
     for begin, end in pairwise(starts.tolist()):
         if begin == end:
             continue
@@ -588,7 +593,6 @@ def judge(run: Path, log: SentLog, seen_: Seen, options: argparse.Namespace) -> 
 
     window = meta["window"]["ended_at"] - meta["window"]["started_at"]
     calm = undisturbed(requests.intended_at + meta["started_at_unix"], seen_.machine)
-    late_ms = (requests.sent_at - requests.intended_at) * 1e3
     tokens = int(log.tokens.sum())
     processes = growth(seen_.looks, done)
     cpu_s = sum(row["cpu_s"] for row in processes)
@@ -613,7 +617,7 @@ def judge(run: Path, log: SentLog, seen_: Seen, options: argparse.Namespace) -> 
             "server_s": log.meta["cpu_s"],
         },
         "stretches": stretches(requests, log, calm),
-        "drift_ms": {name: drift(late_ms, calm, float(name[1:])) for name in MOST_DRIFT_MS},
+        "drift_ms": {name: drift(requests.late_ms, calm, float(name[1:])) for name in MOST_DRIFT_MS},
         "server_lateness_ms": {
             name: value * 1e3
             for name, value in asdict_struct(error_figures(log.lateness_s)).items()

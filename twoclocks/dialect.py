@@ -18,8 +18,6 @@ from twoclocks.sse import BOM, MAX_EVENT_BYTES, EventTooLong, SseDecoder
 
 MAX_CHUNKS = 2**18
 """More than any model answers; a hostile stream must not hold the others up."""
-
-
 MAX_TOKENS = 2**24
 """More than any context holds. A -1 that lost its sign would else be four billion tokens, each of which has an ITL."""
 MAX_DEPTH = 8
